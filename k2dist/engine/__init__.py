@@ -1,0 +1,24 @@
+"""One rank: it loads its shard, takes part in every step, and on a lane's first rank it schedules the lane.
+
+`RankRuntime` is the whole of a rank; a Ray actor (`cluster`) or a thread (`LocalWorld`) hosts one. Nothing
+here knows of Ray, gRPC or HTTP.
+"""
+
+from k2dist.engine.lane import AdmitReply, EventBatch, LanePort, LiveOutput, LiveRequest
+from k2dist.engine.local import LocalWorld
+from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec, RankStats
+
+__all__ = [
+    "AdmitReply",
+    "Bells",
+    "EventBatch",
+    "LanePort",
+    "LiveOutput",
+    "LiveRequest",
+    "LoadReport",
+    "LocalWorld",
+    "RankComms",
+    "RankRuntime",
+    "RankSpec",
+    "RankStats",
+]

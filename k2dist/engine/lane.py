@@ -1,0 +1,214 @@
+"""A lane as others reach it: requests in, numbered events out, from any thread.
+
+`LanePort` joins the pure scheduler to the world. The step loop calls `plan` and `commit`; a coordinator calls
+`admit`, `cancel`, `events` and `live`. One lock guards the scheduler: its calls take milliseconds, so an
+admission never waits for a forward pass.
+
+    coordinator ── admit, cancel ──> scheduler ── plan ──> step loop
+         ^                                                    │
+         └───────── events(after) <── outbox <── commit ──────┘
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from k2dist.errors import CapacityError, RequestError, UnavailableError
+from k2dist.ids import Generation, LaneId, RequestId
+from k2dist.messages import Event, FinishReason, LaneLoad, Message, Request, StepPlan, StepResult
+from k2dist.scheduler import Scheduler
+
+
+class AdmitReply(Message):
+    """What became of one request: `error` is empty when the lane has it."""
+
+    request_id: RequestId
+    error: str = ""
+    field: str = ""  # what the client should change, when the request is at fault
+    retry_can_help: bool = False
+
+
+class EventBatch(Message):
+    """Events [next - len(events), next) of the lane's stream."""
+
+    next: int
+    events: tuple[Event, ...]
+
+
+class LiveOutput(Message):
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+
+
+class LiveRequest(Message):
+    """What a lane knows of a request, enough to rebuild a coordinator's log: kept `retain_s` after its end."""
+
+    request: Request
+    outputs: tuple[LiveOutput, ...]
+
+
+class _Kept:
+    """One request and all it has produced, until `retain_s` after its end."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens = [list(request.generated.get(i, ())) for i in range(request.num_outputs)]
+        self.finish: list[FinishReason | None] = [None] * request.num_outputs
+        self.ended_s: float | None = None
+
+    def append(self, event: Event, now_s: float) -> None:
+        tokens = self.tokens[event.output_index]
+        assert event.first_index == len(tokens), "the scheduler emitted a gap"
+        tokens.extend(event.token_ids)
+        if event.finish is not None:
+            self.finish[event.output_index] = event.finish
+            if all(reason is not None for reason in self.finish):
+                self.ended_s = now_s
+
+    def facts(self) -> LiveRequest:
+        outputs = zip(self.tokens, self.finish, strict=True)
+        return LiveRequest(
+            request=self.request,
+            outputs=tuple(LiveOutput(token_ids=tuple(ids), finish=finish) for ids, finish in outputs),
+        )
+
+
+class LanePort:
+    """One lane's inbox and outbox round its scheduler. Every method may be called from any thread.
+
+    `wake` is called, without the lock, whenever there is new work for a sleeping step loop.
+    """
+
+    def __init__(
+        self,
+        lane: LaneId,
+        scheduler: Scheduler,
+        *,
+        retain_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lane = lane
+        self.wake: Callable[[], None] = lambda: None
+        self._scheduler = scheduler
+        self._retain_s = retain_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._grown = threading.Condition(self._lock)
+        self._outbox: deque[Event] = deque()
+        self._first = 0  # number of the outbox's first event
+        self._kept: dict[RequestId, _Kept] = {}
+        self._closed = ""  # why no more requests are taken; empty while open
+
+    # -- the coordinator's side ------------------------------------------------------------------------
+
+    def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
+        """Take each request or say why not. The same request again is taken as the same; nothing is doubled."""
+        with self._lock:
+            replies = tuple(self._admit(request) for request in requests)
+        self.wake()
+        return replies
+
+    def cancel(self, ids: tuple[RequestId, ...]) -> None:
+        """End these requests before the next step is planned; unknown or ended ones are left alone."""
+        with self._lock:
+            for request_id in ids:
+                kept = self._kept.get(request_id)
+                if kept is not None and kept.ended_s is None:
+                    self._publish(self._scheduler.abort(request_id, self._clock()))
+        self.wake()  # the pages go back with the next plan
+
+    def events(self, after: int, timeout_s: float) -> EventBatch:
+        """Events from number `after` on, waiting up to `timeout_s` for the first. Acknowledges all before it."""
+        with self._lock:
+            while self._first < after and self._outbox:
+                self._outbox.popleft()
+                self._first += 1
+            self._grown.wait_for(lambda: self._first + len(self._outbox) > after, timeout_s)
+            self._forget_ended()
+            offset = max(after - self._first, 0)
+            batch = tuple(self._outbox)[offset:]
+            return EventBatch(next=self._first + offset + len(batch), events=batch)
+
+    def live(self) -> tuple[LiveRequest, ...]:
+        with self._lock:
+            self._forget_ended()
+            return tuple(kept.facts() for kept in self._kept.values())
+
+    def load(self) -> LaneLoad:
+        with self._lock:
+            return self._scheduler.load(self.lane)
+
+    def drain(self) -> None:
+        """Take no new requests; those admitted go on."""
+        with self._lock:
+            self._closed = self._closed or "the lane is draining"
+
+    def fail(self, reason: str) -> None:
+        """End every live request with an error event that gives `reason`, and take no more."""
+        with self._lock:
+            self._closed = reason
+            for kept in self._kept.values():
+                for index, finish in enumerate(kept.finish):
+                    if finish is None:
+                        self._publish((_error_event(kept, index, reason),))
+
+    # -- the step loop's side --------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        with self._lock:
+            return self._scheduler.has_work
+
+    def plan(self, generation: Generation, step: int) -> StepPlan:
+        with self._lock:
+            return self._scheduler.plan(generation, step, self._clock())
+
+    def commit(self, result: StepResult) -> None:
+        with self._lock:
+            self._publish(self._scheduler.commit(result, self._clock()))
+
+    # -- under the lock --------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> AdmitReply:
+        known = self._kept.get(request.request_id)
+        try:
+            if known is not None:
+                if known.request != request:
+                    raise RequestError("request_id", f"{request.request_id} is in use by another request")
+            elif self._closed:
+                raise UnavailableError(self._closed)
+            else:
+                self._scheduler.add(request, self._clock())
+                self._kept[request.request_id] = _Kept(request)
+        except RequestError as error:
+            return AdmitReply(request_id=request.request_id, error=str(error), field=error.field)
+        except (CapacityError, UnavailableError) as error:
+            return AdmitReply(request_id=request.request_id, error=str(error), retry_can_help=True)
+        return AdmitReply(request_id=request.request_id)
+
+    def _publish(self, events: tuple[Event, ...]) -> None:
+        now_s = self._clock()
+        for event in events:
+            self._kept[event.request_id].append(event, now_s)
+            self._outbox.append(event)
+        if events:
+            self._grown.notify_all()
+
+    def _forget_ended(self) -> None:
+        horizon_s = self._clock() - self._retain_s
+        ended = [k for k, kept in self._kept.items() if kept.ended_s is not None and kept.ended_s < horizon_s]
+        for request_id in ended:
+            del self._kept[request_id]
+
+
+def _error_event(kept: _Kept, output_index: int, reason: str) -> Event:
+    return Event(
+        request_id=kept.request.request_id,
+        output_index=output_index,
+        first_index=len(kept.tokens[output_index]),
+        finish=FinishReason.ERROR,
+        error=reason,
+    )

@@ -1,0 +1,271 @@
+"""A rank from its first byte to its last step.
+
+    load      read this rank's bytes, lay them out for the kernels, allocate the latent cache
+    run       plan, agree, step, commit; asleep while every lane is idle; until `stop` or a failure
+
+One turn of `run`, taken by all ranks of the world together:
+
+    1. a lane's first rank plans, and tells its tp peers
+    2. all ranks agree: how many rows, all idle?, does anybody stop?
+    3. all idle: sleep until a doorbell rings.  Else: forward (every MoE layer is an exchange over all ranks,
+       with rows or without), sample, commit
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+
+from k2dist.cache import PagePool
+from k2dist.checkpoint import load_shard
+from k2dist.comm import Communicator
+from k2dist.comm.agreement import StepAgreement, agree
+from k2dist.comm.exchange import Exchange
+from k2dist.config import read_architecture
+from k2dist.engine.doorbell import Doorbell
+from k2dist.engine.kernels import select_kernels
+from k2dist.engine.lane import LanePort
+from k2dist.engine.sequences import Sequences
+from k2dist.errors import K2Error
+from k2dist.ids import Generation
+from k2dist.messages import Message, StepPlan, StepResult
+from k2dist.model import decoder
+from k2dist.model.latent_cache import LatentCache
+from k2dist.model.sampler import sample
+from k2dist.model.weights import Weights, assemble
+from k2dist.parallel import Layout, expert_homes, shard_plan
+from k2dist.scheduler import Limits, Scheduler
+from k2dist.text import Tokenizer, end_token_ids
+
+
+class RankSpec(Message):
+    """All that makes one rank what it is. `num_pages` pages of `page_tokens` tokens for its lane."""
+
+    model_dir: str
+    layout: Layout
+    world_rank: int
+    page_tokens: int
+    num_pages: int
+    limits: Limits
+    kernels: str = "auto"
+    dtype: str = "bfloat16"  # of the residual stream; float32: nothing but the weights is quantised
+    retain_s: float = 60.0  # how long a lane remembers a request after its end
+
+
+@dataclass(frozen=True, slots=True)
+class RankComms:
+    """One rank's groups in one generation. Control groups carry plans and agreements, on the CPU."""
+
+    world: Communicator
+    world_control: Communicator
+    lane: Communicator | None  # None: this rank holds experts and no lane
+    lane_control: Communicator | None
+
+    def fence(self) -> None:
+        for group in (self.world, self.world_control, self.lane, self.lane_control):
+            if group is not None:
+                group.fence()
+
+
+class Bells(Protocol):
+    def ring_all(self, epoch: int) -> None:
+        """Ring the doorbell of every rank of the world for `epoch`, without waiting for any."""
+        ...
+
+
+class LoadReport(Message):
+    num_tensors: int
+    num_bytes: int
+    load_s: float
+
+
+class RankStats(Message):
+    """Counters since the start; of this rank alone."""
+
+    world_rank: int
+    num_steps: int
+    num_tokens_sampled: int
+    step_s_total: float
+    num_rows_sent: int  # rows that left this rank for another rank's experts
+    num_bytes_sent: int
+    expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
+
+
+class RankRuntime:
+    """One rank; see the module. `run` belongs to one thread, all other methods to any."""
+
+    def __init__(self, spec: RankSpec, comms: RankComms, bells: Bells, generation: Generation) -> None:
+        self._spec = spec
+        self._comms = comms
+        self._bells = bells
+        self._generation = generation
+        self._doorbell = Doorbell()
+        self._is_stopping = threading.Event()
+        self._place = spec.layout.place(spec.world_rank)
+        self._architecture = read_architecture(Path(spec.model_dir))
+        self._kernels = select_kernels(spec.kernels, spec.dtype)
+        self.port = self._open_port()
+        self._exchange = Exchange(
+            comms.world,
+            [
+                expert_homes(spec.layout, layer, spec.world_rank)
+                for layer in range(self._architecture.num_moe_layers)
+            ],
+        )
+        self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
+        self._weights: Weights | None = None
+        self._cache: LatentCache | None = None
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._step_s_total = 0.0
+
+    # -- from any thread -------------------------------------------------------------------------------
+
+    def ring(self, epoch: int) -> None:
+        self._doorbell.ring(epoch)
+
+    def stop(self) -> None:
+        """Leave the loop with all other ranks, after the step under way."""
+        self._is_stopping.set()
+        self._doorbell.nudge()
+
+    def fence(self) -> None:
+        """End this generation now: a wait under way raises `FencedError`."""
+        self._comms.fence()
+        self.stop()
+
+    def stats(self) -> RankStats:
+        return RankStats(
+            world_rank=self._spec.world_rank,
+            num_steps=self._num_steps,
+            num_tokens_sampled=self._num_tokens,
+            step_s_total=self._step_s_total,
+            num_rows_sent=self._exchange.num_rows_sent,
+            num_bytes_sent=self._exchange.num_bytes_sent,
+            expert_load=self._exchange.expert_load(),
+        )
+
+    # -- the rank's own thread -------------------------------------------------------------------------
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> LoadReport:
+        """Read and lay out this rank's weights, allocate its pages. `progress(bytes read, bytes in all)`."""
+        started_s = time.monotonic()
+        plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
+        tensors = load_shard(Path(self._spec.model_dir), plan, progress)
+        num_tensors, num_bytes = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
+        self._weights = assemble(
+            tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels
+        )
+        if self._place.lane is not None:
+            self._cache = LatentCache.allocate(
+                self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
+            )
+        return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=time.monotonic() - started_s)
+
+    def run(self) -> None:
+        """Step until stopped. A failure ends the port's requests with its reason and is raised."""
+        assert self._weights is not None, "run before load"
+        try:
+            self._run()
+        except K2Error as error:
+            if self.port is not None:
+                self.port.fail(f"world rank {self._spec.world_rank} left the step loop: {error}")
+            raise
+
+    def _run(self) -> None:
+        epoch = 0
+        for step in range(2**62):
+            plan = self._share_plan(step)
+            agreed = agree(
+                self._comms.world_control,
+                StepAgreement(
+                    generation=self._generation,
+                    step=step,
+                    num_rows=sum(grant.num_tokens for grant in plan.grants),
+                    is_idle=not plan.grants and not self._has_work(),
+                    is_stopping=self._is_stopping.is_set(),
+                ),
+            )
+            if agreed.is_stopping:
+                return
+            self._sequences.apply(plan)
+            if agreed.num_rows > 0:
+                self._step(plan)
+            elif agreed.is_idle:
+                if self._doorbell.wait(epoch, self._has_reason):
+                    self._bells.ring_all(epoch)
+                epoch += 1
+
+    def _open_port(self) -> LanePort | None:
+        """The lane's inbox and outbox, on its first rank."""
+        if self._place.lane is None or self._place.tp_rank != 0:
+            return None
+        spec, tokenizer = self._spec, Tokenizer.load(Path(self._spec.model_dir))
+        scheduler = Scheduler(
+            spec.limits,
+            PagePool(spec.num_pages, spec.page_tokens),
+            end_token_ids=end_token_ids(tokenizer, self._architecture.eos_token_ids),
+            token_bytes=tokenizer.token_bytes,
+            max_positions=self._architecture.max_positions,
+        )
+        port = LanePort(self._place.lane, scheduler, retain_s=spec.retain_s)
+        port.wake = self._doorbell.nudge
+        return port
+
+    def _share_plan(self, step: int) -> StepPlan:
+        """This lane's plan; on all its tp ranks the same. An empty one where there is no lane."""
+        empty = StepPlan(generation=self._generation, step=step)
+        if self._comms.lane_control is None:
+            return empty
+        if self.port is None:
+            return _PLAN_DECODER.decode(self._comms.lane_control.broadcast_bytes(None, source=0))
+        plan = self.port.plan(self._generation, step)
+        self._comms.lane_control.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
+        return plan
+
+    def _step(self, plan: StepPlan) -> None:
+        assert self._weights is not None
+        started_s = time.monotonic()
+        with torch.inference_mode():
+            logits_SV = decoder.forward(
+                self._sequences.batch(plan),
+                self._weights,
+                self._cache,
+                self._comms.lane,
+                self._exchange,
+                self._architecture,
+                self._kernels,
+            )
+            sampled = sample(logits_SV, self._sequences.row_samplings(plan))
+        seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
+        for seq_id, token_id in zip(seq_ids, sampled.token_ids, strict=True):
+            self._sequences.append(seq_id, token_id)
+        if self.port is not None:
+            result = StepResult(
+                generation=self._generation,
+                step=plan.step,
+                seq_ids=seq_ids,
+                token_ids=tuple(sampled.token_ids),
+                logprobs=tuple(sampled.logprobs),
+            )
+            self.port.commit(result)
+        self._num_steps += 1
+        self._num_tokens += len(seq_ids)
+        self._step_s_total += time.monotonic() - started_s
+
+    def _has_work(self) -> bool:
+        return self.port is not None and self.port.has_work
+
+    def _has_reason(self) -> bool:
+        return self._is_stopping.is_set() or self._has_work()
+
+
+_PLAN_ENCODER = msgspec.msgpack.Encoder()
+_PLAN_DECODER = msgspec.msgpack.Decoder(StepPlan)

@@ -1,0 +1,126 @@
+"""What a rank remembers of its lane's sequences, and how a plan becomes a batch of rows.
+
+Every tp rank of a lane keeps the same `Sequences`: plans tell it of new sequences and pages, and it appends
+the tokens that it samples itself (all tp ranks sample alike).
+
+Legend: T rows of the step, R decode rows, P pages of the longest table among them, S rows that sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from k2dist.ids import PageId, SeqId
+from k2dist.messages import Grant, NewSequence, Sampling, StepPlan
+from k2dist.model.batch import Batch, PromptSegment
+from k2dist.model.sampler import RowSampling
+
+
+@dataclass(slots=True)
+class _Sequence:
+    prompt_len: int
+    tokens: list[int]
+    output_index: int
+    sampling: Sampling
+    pages: list[PageId] = field(default_factory=list)
+
+
+class Sequences:
+    """The sequences of one lane as one rank sees them."""
+
+    def __init__(self, page_tokens: int, tp: int) -> None:
+        self._page_tokens = page_tokens
+        self._tp = tp
+        self._live: dict[SeqId, _Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Forget, learn and extend as `plan` says; before its batch is built."""
+        for seq_id in plan.released:
+            del self._live[seq_id]
+        for new in plan.new:
+            self._live[new.seq_id] = _begin(new)
+        for table in plan.page_tables:
+            self._live[table.seq_id].pages[table.first :] = table.pages
+
+    def batch(self, plan: StepPlan) -> Batch:
+        """The rows of `plan`: for each grant its positions in order, grants in the plan's order."""
+        if not plan.grants:
+            return Batch.empty(self._tp)
+        tokens: list[int] = []
+        positions: list[int] = []
+        writes: list[int] = []
+        prompts: list[PromptSegment] = []
+        decodes: list[tuple[int, int, list[PageId]]] = []  # row, keys visible, pages
+        samples: list[int] = []
+        for grant in plan.grants:
+            seq = self._live[grant.seq_id]
+            row, end = len(tokens), grant.start + grant.num_tokens
+            tokens += seq.tokens[grant.start : end]
+            positions += range(grant.start, end)
+            writes += (self._cache_index(seq, position) for position in range(grant.start, end))
+            if grant.start < seq.prompt_len:
+                assert end <= seq.prompt_len, "a grant mixes prompt and generated positions"
+                prompts.append(PromptSegment(row, grant.num_tokens, grant.start, _page_tensor(seq.pages)))
+            else:
+                decodes += ((row + i, grant.start + i + 1, seq.pages) for i in range(grant.num_tokens))
+            if grant.samples:
+                samples.append(len(tokens) - 1)
+        num_pages = max((len(pages) for _, _, pages in decodes), default=0)
+        return Batch(
+            token_T=torch.tensor(tokens, dtype=torch.int64),
+            position_T=torch.tensor(positions, dtype=torch.int64),
+            write_T=torch.tensor(writes, dtype=torch.int64),
+            shares=even_shares(len(tokens), self._tp),
+            prompts=tuple(prompts),
+            decode_row_R=torch.tensor([row for row, _, _ in decodes], dtype=torch.int64),
+            decode_length_R=torch.tensor([length for _, length, _ in decodes], dtype=torch.int64),
+            decode_page_RP=torch.tensor(
+                [pages + [PageId(0)] * (num_pages - len(pages)) for _, _, pages in decodes], dtype=torch.int64
+            ).reshape(len(decodes), num_pages),
+            sample_S=torch.tensor(samples, dtype=torch.int64),
+        )
+
+    def row_samplings(self, plan: StepPlan) -> list[RowSampling]:
+        """How to sample each row of `batch(plan).sample_S`, in its order."""
+        return [self._row_sampling(grant) for grant in plan.grants if grant.samples]
+
+    def append(self, seq_id: SeqId, token_id: int) -> None:
+        self._live[seq_id].tokens.append(token_id)
+
+    def _row_sampling(self, grant: Grant) -> RowSampling:
+        seq = self._live[grant.seq_id]
+        return RowSampling(
+            sampling=seq.sampling,
+            output_index=seq.output_index,
+            position=grant.start + grant.num_tokens,  # of the token to be sampled
+            prompt=seq.tokens[: seq.prompt_len],
+            generated=seq.tokens[seq.prompt_len :],
+        )
+
+    def _cache_index(self, seq: _Sequence, position: int) -> int:
+        page, offset = divmod(position, self._page_tokens)
+        return seq.pages[page] * self._page_tokens + offset
+
+
+def even_shares(num_rows: int, num_ranks: int) -> tuple[int, ...]:
+    """Rows per rank, contiguous and in rank order; the first ones take what is left over."""
+    share, rest = divmod(num_rows, num_ranks)
+    return tuple(share + (rank < rest) for rank in range(num_ranks))
+
+
+def _begin(new: NewSequence) -> _Sequence:
+    return _Sequence(
+        prompt_len=len(new.prompt),
+        tokens=[*new.prompt, *new.generated],
+        output_index=new.output_index,
+        sampling=new.sampling,
+    )
+
+
+def _page_tensor(pages: list[PageId]) -> torch.Tensor:
+    return torch.tensor(pages, dtype=torch.int64)

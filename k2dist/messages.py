@@ -1,0 +1,165 @@
+"""Every value that crosses a process border, frozen and strict (msgspec; msgpack on the wire).
+
+Token ids are plain ints, 0 <= id < vocab_size. A position in a request's output is the pair
+(output_index, token_index); events carry `first_index`, so they may be cut anywhere and stay gapless.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from k2dist.ids import Generation, LaneId, PageId, RequestId, SeqId
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why an output ended."""
+
+    STOP = "stop"  # an end token, a stop id or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    ABORT = "abort"  # the client or an operator ended it
+    ERROR = "error"  # k2dist could not go on; `Event.error` says why
+
+
+class ToolCall(Message):
+    """One call in an assistant message. `arguments` is JSON text, verbatim, or an object to be dumped."""
+
+    id: str
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ChatMessage(Message):
+    """One message of a conversation. Content parts are joined by whoever parses the client's form."""
+
+    role: str  # "system", "user", "assistant", "tool", or another that is rendered as a system label
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Sampling(Message):
+    """Resolved sampling of one request: every field has a value, the seed included."""
+
+    temperature: float = 0.6  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # 64 bits; drawn at admission when the client gave none
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the client's own, besides the model's end tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: the sampled token and the n likeliest
+
+
+class Request(Message):
+    """What a lane admits: one prompt, `num_outputs` sequences."""
+
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    num_outputs: int = 1
+    tenant: str = ""
+    priority: int = 0  # higher runs first
+    # Tokens already generated (recovery): output_index -> ids. They are known, and not emitted again.
+    generated: dict[int, tuple[int, ...]] = {}
+
+
+class TokenLogprob(Message):
+    """Logprob of one token and its likeliest rivals, natural log, after temperature 1 and before penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Usage(Message):
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Event(Message):
+    """A delta of one output: tokens [first_index, first_index + len(token_ids)), then perhaps its end."""
+
+    request_id: RequestId
+    output_index: int
+    first_index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    stop_match: str | int | None = None  # the stop string or stop token id that ended it
+    usage: Usage | None = None  # with `finish`: of this output alone
+    error: str = ""  # with FinishReason.ERROR
+
+
+class NewSequence(Message):
+    """A sequence's first appearance in a plan: what the tp peers must know to compute and sample it."""
+
+    seq_id: SeqId
+    request_id: RequestId
+    output_index: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...] = ()  # known tokens after the prompt (recovery, preemption)
+    sampling: Sampling
+
+
+class Grant(Message):
+    """Permission for one sequence to compute positions [start, start + num_tokens) this step."""
+
+    seq_id: SeqId
+    start: int
+    num_tokens: int
+    samples: bool  # the last granted position yields the next token
+
+
+class PageTable(Message):
+    """Pages appended to a sequence's table since the last plan."""
+
+    seq_id: SeqId
+    first: int  # index in the table of the first of `pages`; 0 replaces the whole table
+    pages: tuple[PageId, ...]
+
+
+class StepPlan(Message):
+    """One lane's share of one step, as its first rank tells its tp peers."""
+
+    generation: Generation
+    step: int
+    new: tuple[NewSequence, ...] = ()
+    grants: tuple[Grant, ...] = ()
+    page_tables: tuple[PageTable, ...] = ()
+    released: tuple[SeqId, ...] = ()  # forget these; their pages may be in use by others from now on
+
+
+class StepResult(Message):
+    """What one lane's step produced, in the order of the plan's sampling grants."""
+
+    generation: Generation
+    step: int
+    seq_ids: tuple[SeqId, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+class LaneLoad(Message):
+    """What a router wants to know of a lane."""
+
+    lane: LaneId
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_pages_free: int

@@ -1,0 +1,44 @@
+"""The shape of the house: layers, who reads the environment, no swallowed errors."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    path
+    for root in (ROOT / "k2dist", ROOT / "kernels")
+    for path in sorted(root.rglob("*.py"))
+    if "_proto" not in path.parts
+]
+
+
+def test_layers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_module_says_what_it_is_for(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not tree.body or ast.get_docstring(tree), f"{path} has no docstring"
+
+
+def test_only_cli_reads_the_environment() -> None:
+    readers = [
+        p for p in SOURCES if re.search(r"os\.(environ|getenv)", p.read_text()) and p.parent.name != "cli"
+    ]
+    assert not readers
+
+
+def test_no_error_is_swallowed() -> None:
+    swallowing = re.compile(r"except( Exception| BaseException)?( as \w+)?:\s*\n\s*(pass|continue)\b")
+    assert not [p for p in SOURCES if swallowing.search(p.read_text())]
+
+
+def test_files_stay_readable() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 450}
+    assert not long
