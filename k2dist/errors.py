@@ -6,7 +6,7 @@ K2Error
 │   ├── LayoutError         a layout that cannot work (cuts a scale block, more ranks than experts, ...)
 │   └── RequestError        one request's prompt or sampling; the others go on
 ├── CheckpointError         the model directory: missing, extra, truncated or mis-shaped
-├── CapacityError           this machine or cluster cannot do it now: a port in use, too few CPUs, a full queue
+├── CapacityError           cannot be done here and now: a port in use, too few CPUs, a full queue
 ├── PeerError               a rank or process that this one waited for did not arrive in time
 ├── FencedError             this generation has ended; its step must be repeated in the next one
 └── UnavailableError        the service is starting, draining or gone; a retry can help

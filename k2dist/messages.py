@@ -15,7 +15,7 @@ from k2dist.ids import Generation, LaneId, PageId, RequestId, SeqId
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all messages."""
+    """Base of all messages. Subclasses repeat `frozen` and `kw_only`: msgspec inherits neither for new fields."""
 
 
 class FinishReason(enum.StrEnum):
@@ -27,7 +27,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # k2dist could not go on; `Event.error` says why
 
 
-class ToolCall(Message):
+class ToolCall(Message, frozen=True, kw_only=True):
     """One call in an assistant message. `arguments` is JSON text, verbatim, or an object to be dumped."""
 
     id: str
@@ -35,7 +35,7 @@ class ToolCall(Message):
     arguments: str | dict[str, Any]
 
 
-class ChatMessage(Message):
+class ChatMessage(Message, frozen=True, kw_only=True):
     """One message of a conversation. Content parts are joined by whoever parses the client's form."""
 
     role: str  # "system", "user", "assistant", "tool", or another that is rendered as a system label
@@ -45,7 +45,7 @@ class ChatMessage(Message):
     tool_call_id: str | None = None
 
 
-class Sampling(Message):
+class Sampling(Message, frozen=True, kw_only=True):
     """Resolved sampling of one request: every field has a value, the seed included."""
 
     temperature: float = 0.6  # 0: greedy
@@ -65,7 +65,7 @@ class Sampling(Message):
     logprobs: int | None = None  # None: none; n: the sampled token and the n likeliest
 
 
-class Request(Message):
+class Request(Message, frozen=True, kw_only=True):
     """What a lane admits: one prompt, `num_outputs` sequences."""
 
     request_id: RequestId
@@ -78,21 +78,21 @@ class Request(Message):
     generated: dict[int, tuple[int, ...]] = {}
 
 
-class TokenLogprob(Message):
-    """Logprob of one token and its likeliest rivals, natural log, after temperature 1 and before penalties."""
+class TokenLogprob(Message, frozen=True, kw_only=True):
+    """Natural log, of the raw logits: before temperature, penalties and bias. `top`: the likeliest."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Usage(Message):
+class Usage(Message, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
 
 
-class Event(Message):
+class Event(Message, frozen=True, kw_only=True):
     """A delta of one output: tokens [first_index, first_index + len(token_ids)), then perhaps its end."""
 
     request_id: RequestId
@@ -106,7 +106,7 @@ class Event(Message):
     error: str = ""  # with FinishReason.ERROR
 
 
-class NewSequence(Message):
+class NewSequence(Message, frozen=True, kw_only=True):
     """A sequence's first appearance in a plan: what the tp peers must know to compute and sample it."""
 
     seq_id: SeqId
@@ -117,7 +117,7 @@ class NewSequence(Message):
     sampling: Sampling
 
 
-class Grant(Message):
+class Grant(Message, frozen=True, kw_only=True):
     """Permission for one sequence to compute positions [start, start + num_tokens) this step."""
 
     seq_id: SeqId
@@ -126,7 +126,7 @@ class Grant(Message):
     samples: bool  # the last granted position yields the next token
 
 
-class PageTable(Message):
+class PageTable(Message, frozen=True, kw_only=True):
     """Pages appended to a sequence's table since the last plan."""
 
     seq_id: SeqId
@@ -134,7 +134,7 @@ class PageTable(Message):
     pages: tuple[PageId, ...]
 
 
-class StepPlan(Message):
+class StepPlan(Message, frozen=True, kw_only=True):
     """One lane's share of one step, as its first rank tells its tp peers."""
 
     generation: Generation
@@ -145,7 +145,7 @@ class StepPlan(Message):
     released: tuple[SeqId, ...] = ()  # forget these; their pages may be in use by others from now on
 
 
-class StepResult(Message):
+class StepResult(Message, frozen=True, kw_only=True):
     """What one lane's step produced, in the order of the plan's sampling grants."""
 
     generation: Generation
@@ -155,7 +155,7 @@ class StepResult(Message):
     logprobs: tuple[TokenLogprob | None, ...]
 
 
-class LaneLoad(Message):
+class LaneLoad(Message, frozen=True, kw_only=True):
     """What a router wants to know of a lane."""
 
     lane: LaneId
@@ -163,3 +163,31 @@ class LaneLoad(Message):
     num_waiting: int
     num_pages: int
     num_pages_free: int
+
+
+class AdmitReply(Message, frozen=True, kw_only=True):
+    """What became of one request: `error` is empty when the lane has it."""
+
+    request_id: RequestId
+    error: str = ""
+    field: str = ""  # what the client should change, when the request is at fault
+    retry_can_help: bool = False
+
+
+class EventBatch(Message, frozen=True, kw_only=True):
+    """Events [next - len(events), next) of a lane's stream."""
+
+    next: int
+    events: tuple[Event, ...]
+
+
+class LiveOutput(Message, frozen=True, kw_only=True):
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+
+
+class LiveRequest(Message, frozen=True, kw_only=True):
+    """What a lane knows of a request until `retain_s` after its end; coordinators rebuild their log from it."""
+
+    request: Request
+    outputs: tuple[LiveOutput, ...]

@@ -4,17 +4,13 @@
 here knows of Ray, gRPC or HTTP.
 """
 
-from k2dist.engine.lane import AdmitReply, EventBatch, LanePort, LiveOutput, LiveRequest
+from k2dist.engine.lane import LanePort
 from k2dist.engine.local import LocalWorld
 from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec, RankStats
 
 __all__ = [
-    "AdmitReply",
     "Bells",
-    "EventBatch",
     "LanePort",
-    "LiveOutput",
-    "LiveRequest",
     "LoadReport",
     "LocalWorld",
     "RankComms",

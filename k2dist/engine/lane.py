@@ -18,36 +18,19 @@ from collections.abc import Callable
 
 from k2dist.errors import CapacityError, RequestError, UnavailableError
 from k2dist.ids import Generation, LaneId, RequestId
-from k2dist.messages import Event, FinishReason, LaneLoad, Message, Request, StepPlan, StepResult
+from k2dist.messages import (
+    AdmitReply,
+    Event,
+    EventBatch,
+    FinishReason,
+    LaneLoad,
+    LiveOutput,
+    LiveRequest,
+    Request,
+    StepPlan,
+    StepResult,
+)
 from k2dist.scheduler import Scheduler
-
-
-class AdmitReply(Message):
-    """What became of one request: `error` is empty when the lane has it."""
-
-    request_id: RequestId
-    error: str = ""
-    field: str = ""  # what the client should change, when the request is at fault
-    retry_can_help: bool = False
-
-
-class EventBatch(Message):
-    """Events [next - len(events), next) of the lane's stream."""
-
-    next: int
-    events: tuple[Event, ...]
-
-
-class LiveOutput(Message):
-    token_ids: tuple[int, ...]
-    finish: FinishReason | None
-
-
-class LiveRequest(Message):
-    """What a lane knows of a request, enough to rebuild a coordinator's log: kept `retain_s` after its end."""
-
-    request: Request
-    outputs: tuple[LiveOutput, ...]
 
 
 class _Kept:
@@ -105,7 +88,7 @@ class LanePort:
     # -- the coordinator's side ------------------------------------------------------------------------
 
     def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
-        """Take each request or say why not. The same request again is taken as the same; nothing is doubled."""
+        """Take each request or say why not. The same one again is the same one: nothing is doubled."""
         with self._lock:
             replies = tuple(self._admit(request) for request in requests)
         self.wake()
@@ -121,7 +104,7 @@ class LanePort:
         self.wake()  # the pages go back with the next plan
 
     def events(self, after: int, timeout_s: float) -> EventBatch:
-        """Events from number `after` on, waiting up to `timeout_s` for the first. Acknowledges all before it."""
+        """Events from number `after` on; waits up to `timeout_s` for one. Acknowledges all before it."""
         with self._lock:
             while self._first < after and self._outbox:
                 self._outbox.popleft()

@@ -33,7 +33,6 @@ from k2dist.engine.doorbell import Doorbell
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
 from k2dist.engine.sequences import Sequences
-from k2dist.errors import K2Error
 from k2dist.ids import Generation
 from k2dist.messages import Message, StepPlan, StepResult
 from k2dist.model import decoder
@@ -45,7 +44,7 @@ from k2dist.scheduler import Limits, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
 
 
-class RankSpec(Message):
+class RankSpec(Message, frozen=True, kw_only=True):
     """All that makes one rank what it is. `num_pages` pages of `page_tokens` tokens for its lane."""
 
     model_dir: str
@@ -80,13 +79,13 @@ class Bells(Protocol):
         ...
 
 
-class LoadReport(Message):
+class LoadReport(Message, frozen=True, kw_only=True):
     num_tensors: int
     num_bytes: int
     load_s: float
 
 
-class RankStats(Message):
+class RankStats(Message, frozen=True, kw_only=True):
     """Counters since the start; of this rank alone."""
 
     world_rank: int
@@ -174,7 +173,7 @@ class RankRuntime:
         assert self._weights is not None, "run before load"
         try:
             self._run()
-        except K2Error as error:
+        except Exception as error:  # a bug, too, must end the streams; it is raised again
             if self.port is not None:
                 self.port.fail(f"world rank {self._spec.world_rank} left the step loop: {error}")
             raise

@@ -1,0 +1,6 @@
+"""One lane's plan: which sequences compute which positions in the next step. Pure; time is an argument."""
+
+from k2dist.scheduler.core import Scheduler
+from k2dist.scheduler.limits import Limits
+
+__all__ = ["Limits", "Scheduler"]

@@ -1,4 +1,4 @@
-"""A world of threads: the same tokens whatever lanes, tp, expert ranks and company; the same bits at equal tp."""
+"""A world of threads: the same tokens in any layout and company; at equal tp the same bits."""
 
 from pathlib import Path
 
