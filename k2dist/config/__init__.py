@@ -1,0 +1,7 @@
+"""What files say, read strictly: a model's architecture from its `config.json`, a cluster from its YAML."""
+
+from k2dist.config.architecture import Architecture, Yarn
+from k2dist.config.model_config import read_architecture
+from k2dist.config.published_config import published_config
+
+__all__ = ["Architecture", "Yarn", "published_config", "read_architecture"]

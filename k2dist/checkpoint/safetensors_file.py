@@ -1,0 +1,159 @@
+"""One safetensors file: its header, checked, and reads of rectangles of its tensors.
+
+    8 bytes, little endian   N bytes of JSON                                       the tensors, without a gap
+    N                        {name: {dtype, shape, data_offsets: [begin, end]}}    offsets count from here
+
+Only the header and the asked-for bytes are read; nothing is mapped: a rank holds what it asked for.
+Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import torch
+from torch import Tensor
+
+from k2dist.errors import CheckpointError
+from k2dist.parallel.published import DTYPE_BYTES
+from k2dist.parallel.shard_plan import TensorRead
+
+TORCH_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
+HEADER_BYTES_MAX = 100_000_000  # the format's own bound; K2's largest header has about 400,000
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: bytes [begin, end) of its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """An open file with its header read. Reads may come from several threads; `close` when done."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `CheckpointError` if the file is missing, cut short or not safetensors."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}; fetch this file again") from error
+        try:
+            self.header_bytes, self.tensors = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def read(self, wanted: TensorRead) -> Tensor:
+        """The rectangle, as a CPU tensor that owns just its bytes. No byte outside it is read."""
+        stored = self.tensors[wanted.name]
+        buffer = torch.empty(wanted.num_bytes, dtype=torch.uint8)
+        target = buffer.numpy().data
+        item = DTYPE_BYTES[wanted.dtype]
+        width = 1 if len(wanted.shape) == 1 else wanted.shape[1]
+        run = (wanted.col_stop - wanted.col_start) * item
+        first = stored.begin + (wanted.row_start * width + wanted.col_start) * item
+        if run == width * item:  # whole rows lie one after the other
+            self._fill(target, first, wanted.name)
+        else:
+            for row in range(wanted.row_stop - wanted.row_start):
+                self._fill(target[row * run : (row + 1) * run], first + row * width * item, wanted.name)
+        return buffer.view(TORCH_DTYPES[wanted.dtype]).view(wanted.cut_shape)
+
+    def _read_header(self) -> tuple[int, dict[str, StoredTensor]]:
+        file_bytes = os.fstat(self._fd).st_size
+        if file_bytes < 8:
+            raise CheckpointError(
+                f"{self.path}: {file_bytes} bytes, too short for safetensors; fetch it again"
+            )
+        prefix = bytearray(8)
+        self._fill(memoryview(prefix), 0, "header")
+        (json_bytes,) = struct.unpack("<Q", prefix)
+        if json_bytes > min(file_bytes - 8, HEADER_BYTES_MAX):
+            raise CheckpointError(
+                f"{self.path}: truncated or not safetensors: its header should have {json_bytes:,} bytes, "
+                f"the file has {file_bytes:,}; fetch it again"
+            )
+        text = bytearray(json_bytes)
+        self._fill(memoryview(text), 8, "header")
+        tensors = self._parse(bytes(text), 8 + json_bytes)
+        end = max((tensor.end for tensor in tensors.values()), default=8 + json_bytes)
+        if end != file_bytes:
+            fault = "truncated" if file_bytes < end else "longer than its header says"
+            raise CheckpointError(
+                f"{self.path}: {fault}: {file_bytes:,} bytes, expected {end:,}; fetch it again"
+            )
+        return 8 + json_bytes, tensors
+
+    def _parse(self, text: bytes, data_begin: int) -> dict[str, StoredTensor]:
+        try:
+            raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+            raw.pop("__metadata__", None)
+            decode = msgspec.json.Decoder(_Entry).decode
+            entries = {name: decode(value) for name, value in raw.items()}
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{self.path}: header is not safetensors: {error}") from error
+        expected_begin = 0
+        tensors: dict[str, StoredTensor] = {}
+        for name, entry in sorted(entries.items(), key=lambda pair: pair[1].data_offsets):
+            begin, end = entry.data_offsets
+            if begin != expected_begin or end < begin:
+                raise CheckpointError(
+                    f"{self.path}: {name}: bytes [{begin}, {end}), expected to begin at {expected_begin}"
+                )
+            expected_begin = end
+            self._check_extent(name, entry)
+            tensors[name] = StoredTensor(entry.dtype, entry.shape, data_begin + begin, data_begin + end)
+        return tensors
+
+    def _check_extent(self, name: str, entry: _Entry) -> None:
+        """For dtypes that k2dist reads; other tensors are passed over or refused by name."""
+        if entry.dtype not in DTYPE_BYTES:
+            return
+        num_bytes = DTYPE_BYTES[entry.dtype]
+        for size in entry.shape:
+            num_bytes *= size
+        begin, end = entry.data_offsets
+        if end - begin != num_bytes:
+            raise CheckpointError(
+                f"{self.path}: {name}: {end - begin:,} bytes, but {entry.dtype} {list(entry.shape)} "
+                f"has {num_bytes:,}"
+            )
+
+    def _fill(self, target: memoryview, offset: int, what: str) -> None:
+        """Read until `target` is full; one call moves at most 2 GiB on Linux."""
+        while len(target):
+            try:
+                count = os.preadv(self._fd, [target], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {what}: cannot read: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: {what}: the file ends at byte {offset:,}; fetch it again"
+                )
+            target = target[count:]
+            offset += count

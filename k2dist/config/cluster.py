@@ -1,0 +1,153 @@
+"""One cluster as its YAML file states it: strict, every field with its unit and its trade-off.
+
+Only `name` and `parallel` have to be given. Defaults suit one machine without a GPU. Fields that contradict
+each other are found by `faults_between`; `load.py` reports them together with all other faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from k2dist.messages import Message
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+# The largest port; a server asked for port 0 takes a free one.
+MAX_PORT = 65535
+
+
+class ParallelConfig(Message, frozen=True, kw_only=True):
+    """How many ranks there are and what they share. World size: lanes * tp + expert_only_ranks."""
+
+    lanes: Count  # batches side by side; more: more cache and throughput, the weights of attention once each
+    tp: Count  # ranks that share a lane's attention; more: less memory a rank, a reduction more per layer
+    expert_only_ranks: Annotated[int, Meta(ge=0)] = 0  # hold experts and serve no lane: memory for weights only
+
+    @property
+    def world_size(self) -> int:
+        return self.lanes * self.tp + self.expert_only_ranks
+
+
+class CacheConfig(Message, frozen=True, kw_only=True):
+    """The latent cache of one lane, the same on each of its ranks."""
+
+    page_tokens: Count = 64  # a power of two; larger: shorter page tables, more unused at a sequence's end
+    num_pages: Count = 256  # of each lane; more: more and longer sequences at a time, more memory
+
+
+class SchedulerConfig(Message, frozen=True, kw_only=True):
+    """Bounds of one lane's scheduler; all counts are per lane."""
+
+    step_tokens: Count = 2048  # rows of one step; more: prompts finish sooner, each token comes later
+    chunk_tokens: Count = 512  # prompt rows of one sequence in one step; less: fairer among prompts
+    max_running: Count = 256  # sequences that hold pages; more: higher throughput, slower each
+    max_waiting: Count = 1024  # admitted sequences without pages; more: fuller lanes, longer waits
+
+
+class RanksConfig(Message, frozen=True, kw_only=True):
+    """What one rank takes of a machine. Ray counts these; it does not enforce them."""
+
+    rank_cpus: Annotated[float, Meta(ge=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
+    rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
+    threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
+    # pack: as few nodes as hold them; spread: over many; strict_*: so or not at all.
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+
+
+class NetworkConfig(Message, frozen=True, kw_only=True):
+    """Where processes of this cluster listen for each other."""
+
+    # Of rendezvous and collectives. An address keeps all ranks on one machine; "node" is, for each process,
+    # the address by which Ray knows its node. Names are never looked up.
+    address: str = "127.0.0.1"
+
+
+class DeadlinesConfig(Message, frozen=True, kw_only=True):
+    """How long each thing may take before it counts as failed. Shorter finds a failure sooner, and sooner
+    takes slowness for one."""
+
+    step_s: Seconds = 60.0  # one collective of a step: what a rank waits for its peers
+    start_s: Seconds = 120.0  # the placement group, and then each process
+    load_s: Seconds = 3600.0  # one rank's shard: its bytes, at the speed of the storage
+    join_s: Seconds = 60.0  # all ranks meeting in a generation
+    call_s: Seconds = 30.0  # an answer to one control call: admit, cancel, stats
+    drain_s: Seconds = 30.0  # accepted requests, once the cluster is to end
+    stop_s: Seconds = 10.0  # ranks leaving their loops; the placement group's removal
+    lease_beat_s: Seconds = 1.0  # how often the driver says that it lives
+    lease_s: Seconds = 30.0  # without a beat; at least three beats, or one late beat ends the cluster
+
+
+class RayConfig(Message, frozen=True, kw_only=True):
+    """For a Ray that k2dist starts itself; one that it joins is as it is."""
+
+    num_cpus: Count | None = None  # what Ray may hand out; none: as many as the machine has
+    # Shared memory for what passes through Ray: requests and events, never weights. Ray's least is 75 MiB.
+    object_store_bytes: Annotated[int, Meta(ge=75 * 2**20)] = 80 * 2**20
+
+
+class ServiceConfig(Message, frozen=True, kw_only=True):
+    """The coordinator and its gRPC server."""
+
+    grpc: str = "127.0.0.1:50051"  # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network
+    max_queued: Count = 1024  # requests not yet accepted; more: fewer refusals, longer waits
+    queue_s: Seconds = 60.0  # how long one may wait to be accepted before it is refused
+    retain_s: Seconds = 60.0  # how long an ended request can be resumed; longer: more memory
+
+
+class ClusterConfig(Message, frozen=True, kw_only=True):
+    """See the module. `name` is also the namespace of its actors in Ray."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+    parallel: ParallelConfig
+    model: str | None = None  # model directory, unless the command line names one; relative to where it is run
+    kernels: Literal["auto", "reference"] = "auto"  # auto: the fastest set this machine has; reference: plain torch
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the residual stream; float32: slow, for comparisons
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    ranks: RanksConfig = RanksConfig()
+    network: NetworkConfig = NetworkConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    ray: RayConfig = RayConfig()
+    service: ServiceConfig = ServiceConfig()
+
+
+def faults_between(config: ClusterConfig) -> Iterator[str]:
+    """What no single field can be blamed for, or no type can express: path=value, why, remedy."""
+    page_tokens = config.cache.page_tokens
+    if page_tokens & (page_tokens - 1):
+        yield f"cache.page_tokens={page_tokens}: use a power of two, such as {1 << page_tokens.bit_length()}"
+    scheduler, deadlines = config.scheduler, config.deadlines
+    if scheduler.step_tokens < scheduler.max_running:
+        yield (
+            f"scheduler.step_tokens={scheduler.step_tokens}: every running sequence may need a row in each step; "
+            f"use at least max_running={scheduler.max_running}, or lower that"
+        )
+    if scheduler.chunk_tokens > scheduler.step_tokens:
+        yield (
+            f"scheduler.chunk_tokens={scheduler.chunk_tokens}: a chunk has to fit into a step; use at most "
+            f"step_tokens={scheduler.step_tokens}"
+        )
+    if deadlines.lease_s < 3 * deadlines.lease_beat_s:
+        yield (
+            f"deadlines.lease_s={deadlines.lease_s:g}: one late beat would end the cluster; use at least "
+            f"{3 * deadlines.lease_beat_s:g}, three times lease_beat_s"
+        )
+    if split_address(config.service.grpc) is None:
+        yield f"service.grpc={config.service.grpc!r}: use host:port with a port from 0 to {MAX_PORT}, such as 127.0.0.1:50051"
+    if not config.network.address:
+        yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"
+
+
+def split_address(address: str) -> tuple[str, int] | None:
+    """("127.0.0.1", 50051) of "127.0.0.1:50051", ("::1", 1) of "[::1]:1"; None if it is not host:port."""
+    host, _, port = address.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not is_bracketed):
+        return None
+    if not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+        return None
+    return host[1:-1] if is_bracketed else host, int(port)

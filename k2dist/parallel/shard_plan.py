@@ -1,0 +1,150 @@
+"""Which bytes of a checkpoint one rank reads: pure, and printable before anything is loaded.
+
+Every published tensor is read, whole or one slice of it, or skipped with a reason:
+
+    embedding, head           vocabulary rows over tp
+    q_b, kv_b                 rows of this rank's heads
+    o_proj                    columns of this rank's heads
+    dense gate, up | down     rows | columns over tp
+    q_a, kv_a, norms, router, shared expert      whole on every rank of a lane
+    experts                   whole, on each rank with a slot for them
+
+A scale has its weight's cut, divided by the scale block. A rank without a lane reads experts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from k2dist.config.architecture import Architecture
+from k2dist.ids import WorldRank
+from k2dist.messages import Message
+from k2dist.parallel.layout import Layout, RankPlace, check_layout
+from k2dist.parallel.published import (
+    DTYPE_BYTES,
+    Published,
+    Share,
+    leftover_tensors,
+    published_tensors,
+)
+
+NO_LANE = "this rank serves no lane"
+NO_SLOT = "expert without a slot on this rank"
+LEFTOVER = "leftover of training; rotary angles are computed"
+MTP = "multi-token prediction layer, not used"
+
+
+class TensorRead(Message, frozen=True, kw_only=True):
+    """A rectangle of one published tensor: rows [row_start, row_stop), columns [col_start, col_stop).
+
+    A vector is all rows with one column; `shape` is as published, so it has then one entry.
+    """
+
+    name: str
+    dtype: str  # as in DTYPE_BYTES
+    shape: tuple[int, ...]
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+
+    @property
+    def cut_shape(self) -> tuple[int, ...]:
+        """The shape that this rank holds."""
+        rows = self.row_stop - self.row_start
+        return (rows,) if len(self.shape) == 1 else (rows, self.col_stop - self.col_start)
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.row_stop - self.row_start) * (self.col_stop - self.col_start) * DTYPE_BYTES[self.dtype]
+
+
+class Skip(Message, frozen=True, kw_only=True):
+    """A name passed over. A name ending in `*` stands for all with that beginning."""
+
+    name: str
+    reason: str
+    is_optional: bool = False  # a checkpoint without it is whole too
+
+
+class ShardPlan(Message, frozen=True, kw_only=True):
+    """One rank's part of the checkpoint. No name is in both `reads` and `skips`."""
+
+    world_rank: WorldRank
+    reads: tuple[TensorRead, ...]
+    skips: tuple[Skip, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(read.num_bytes for read in self.reads)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def shard_plan(architecture: Architecture, layout: Layout, world_rank: int) -> ShardPlan:
+    """What `world_rank` reads and skips. Raises `LayoutError` if the layout is not legal."""
+    check_layout(architecture, layout)
+    place = layout.place(world_rank)
+    held: list[frozenset[int]] = [frozenset(experts) for experts in place.experts]
+    reads: list[TensorRead] = []
+    skips: list[Skip] = []
+    for tensor in published_tensors(architecture):
+        reason = _skip_reason(tensor, place, held, architecture.first_dense_layers)
+        if reason:
+            skips.append(Skip(name=tensor.name, reason=reason))
+        else:
+            reads.append(_cut(tensor, place.tp_rank or 0, layout.tp))
+    skips += [Skip(name=t.name, reason=LEFTOVER, is_optional=True) for t in leftover_tensors(architecture)]
+    for layer in range(architecture.num_layers, architecture.num_layers + architecture.num_mtp_layers):
+        skips.append(Skip(name=f"model.layers.{layer}.*", reason=MTP, is_optional=True))
+    return ShardPlan(world_rank=WorldRank(world_rank), reads=tuple(reads), skips=tuple(skips))
+
+
+def _skip_reason(
+    tensor: Published, place: RankPlace, held: list[frozenset[int]], first_dense_layers: int
+) -> str | None:
+    if tensor.share is not Share.EXPERT:
+        return NO_LANE if place.lane is None else None
+    assert tensor.layer is not None
+    return None if tensor.expert in held[tensor.layer - first_dense_layers] else NO_SLOT
+
+
+def _cut(tensor: Published, tp_rank: int, tp: int) -> TensorRead:
+    """This tp rank's rectangle; `check_layout` made sure that it divides."""
+    rows = tensor.shape[0]
+    cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
+    row_start, row_stop = _part(rows, tp_rank, tp) if tensor.share is Share.ROWS else (0, rows)
+    col_start, col_stop = _part(cols, tp_rank, tp) if tensor.share is Share.COLUMNS else (0, cols)
+    return TensorRead(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        row_start=row_start,
+        row_stop=row_stop,
+        col_start=col_start,
+        col_stop=col_stop,
+    )
+
+
+def _part(width: int, tp_rank: int, tp: int) -> tuple[int, int]:
+    assert width % tp == 0, f"{width} / {tp}"
+    return width // tp * tp_rank, width // tp * (tp_rank + 1)
+
+
+def _lines(plan: ShardPlan) -> Iterator[str]:
+    """A line per tensor read; what is skipped is counted by reason."""
+    yield f"rank {plan.world_rank} reads {len(plan.reads)} tensors, {plan.num_bytes:,} bytes"
+    for read in plan.reads:
+        yield f"  {read.name} {read.dtype} {list(read.shape)} {_range(read)} {read.num_bytes:,} bytes"
+    by_reason: dict[str, list[str]] = {}
+    for skip in plan.skips:
+        by_reason.setdefault(skip.reason, []).append(skip.name)
+    for reason, names in by_reason.items():
+        yield f"  skips {len(names)}, {reason}: {names[0]}" + (f" ... {names[-1]}" if len(names) > 1 else "")
+
+
+def _range(read: TensorRead) -> str:
+    if read.cut_shape == read.shape:
+        return "whole"
+    return f"rows {read.row_start}:{read.row_stop} columns {read.col_start}:{read.col_stop}"
