@@ -164,8 +164,9 @@ class LanePort:
             elif self._closed:
                 raise UnavailableError(self._closed)
             else:
-                self._scheduler.add(request, self._clock())
+                events = self._scheduler.add(request, self._clock())
                 self._kept[request.request_id] = _Kept(request)
+                self._publish(events)
         except RequestError as error:
             return AdmitReply(request_id=request.request_id, error=str(error), field=error.field)
         except (CapacityError, UnavailableError) as error:

@@ -50,7 +50,7 @@ class LocalWorld:
         architecture = read_architecture(model_dir)
         self.layout = layout or first_layout(architecture, lanes=1, tp=1)
         check_layout(architecture, self.layout)
-        comms = _connect(self.layout, step_deadline_s)
+        self._step_deadline_s = step_deadline_s
 
         def spec(world_rank: int) -> RankSpec:
             return RankSpec(
@@ -64,9 +64,7 @@ class LocalWorld:
                 dtype=dtype,
             )
 
-        self.ranks = [
-            RankRuntime(spec(w), comms[w], self, Generation(0)) for w in range(self.layout.world_size)
-        ]
+        self.ranks = [RankRuntime(spec(w)) for w in range(self.layout.world_size)]
         self.ports: list[LanePort] = [rank.port for rank in self.ranks if rank.port is not None]
         self._threads: list[threading.Thread] = []
         self._failures: list[K2Error] = []
@@ -77,8 +75,9 @@ class LocalWorld:
             rank.ring(epoch)
 
     def __enter__(self) -> LocalWorld:
-        for rank in self.ranks:
+        for rank, comms in zip(self.ranks, _connect(self.layout, self._step_deadline_s), strict=True):
             rank.load()
+            rank.join(comms, self, Generation(0))
         self._threads = [
             threading.Thread(target=self._host, args=(rank,), name=f"rank-{w}")
             for w, rank in enumerate(self.ranks)

@@ -1,6 +1,7 @@
 """A rank from its first byte to its last step.
 
     load      read this rank's bytes, lay them out for the kernels, allocate the latent cache
+    join      become a member of a generation's groups; weights and pages outlive generations
     run       plan, agree, step, commit; asleep while every lane is idle; until `stop` or a failure
 
 One turn of `run`, taken by all ranks of the world together:
@@ -97,30 +98,33 @@ class RankStats(Message, frozen=True, kw_only=True):
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
 
 
+@dataclass(frozen=True, slots=True)
+class _Membership:
+    """What a rank has for one generation and loses with it."""
+
+    generation: Generation
+    comms: RankComms
+    bells: Bells
+    exchange: Exchange
+
+
 class RankRuntime:
     """One rank; see the module. `run` belongs to one thread, all other methods to any."""
 
-    def __init__(self, spec: RankSpec, comms: RankComms, bells: Bells, generation: Generation) -> None:
+    def __init__(self, spec: RankSpec) -> None:
         self._spec = spec
-        self._comms = comms
-        self._bells = bells
-        self._generation = generation
-        self._doorbell = Doorbell()
-        self._is_stopping = threading.Event()
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
         self._kernels = select_kernels(spec.kernels, spec.dtype)
-        self.port = self._open_port()
-        self._exchange = Exchange(
-            comms.world,
-            [
-                expert_homes(spec.layout, layer, spec.world_rank)
-                for layer in range(self._architecture.num_moe_layers)
-            ],
-        )
+        self._doorbell = Doorbell()
+        tokenizer = Tokenizer.load(Path(spec.model_dir))
+        self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
+        self.port = self._open_port(tokenizer)
         self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
+        self._is_stopping = threading.Event()
         self._weights: Weights | None = None
         self._cache: LatentCache | None = None
+        self._member: _Membership | None = None
         self._num_steps = 0
         self._num_tokens = 0
         self._step_s_total = 0.0
@@ -137,7 +141,8 @@ class RankRuntime:
 
     def fence(self) -> None:
         """End this generation now: a wait under way raises `FencedError`."""
-        self._comms.fence()
+        if self._member is not None:
+            self._member.comms.fence()
         self.stop()
 
     def stats(self) -> RankStats:
@@ -146,9 +151,9 @@ class RankRuntime:
             num_steps=self._num_steps,
             num_tokens_sampled=self._num_tokens,
             step_s_total=self._step_s_total,
-            num_rows_sent=self._exchange.num_rows_sent,
-            num_bytes_sent=self._exchange.num_bytes_sent,
-            expert_load=self._exchange.expert_load(),
+            num_rows_sent=0 if self._member is None else self._member.exchange.num_rows_sent,
+            num_bytes_sent=0 if self._member is None else self._member.exchange.num_bytes_sent,
+            expert_load=() if self._member is None else self._member.exchange.expert_load(),
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------
@@ -168,24 +173,33 @@ class RankRuntime:
             )
         return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=time.monotonic() - started_s)
 
+    def join(self, comms: RankComms, bells: Bells, generation: Generation) -> None:
+        """Become a member of `generation`, whose groups are `comms`. Not while `run` runs."""
+        num_layers = self._architecture.num_moe_layers
+        homes = [
+            expert_homes(self._spec.layout, layer, self._place.world_rank) for layer in range(num_layers)
+        ]
+        self._member = _Membership(generation, comms, bells, Exchange(comms.world, homes))
+
     def run(self) -> None:
         """Step until stopped. A failure ends the port's requests with its reason and is raised."""
         assert self._weights is not None, "run before load"
+        assert self._member is not None, "run before join"
         try:
-            self._run()
+            self._run(self._member, self._weights)
         except Exception as error:  # a bug, too, must end the streams; it is raised again
             if self.port is not None:
-                self.port.fail(f"world rank {self._spec.world_rank} left the step loop: {error}")
+                self.port.fail(f"world rank {self._place.world_rank} left the step loop: {error}")
             raise
 
-    def _run(self) -> None:
+    def _run(self, member: _Membership, weights: Weights) -> None:
         epoch = 0
         for step in range(2**62):
-            plan = self._share_plan(step)
+            plan = self._share_plan(member, step)
             agreed = agree(
-                self._comms.world_control,
+                member.comms.world_control,
                 StepAgreement(
-                    generation=self._generation,
+                    generation=member.generation,
                     step=step,
                     num_rows=sum(grant.num_tokens for grant in plan.grants),
                     is_idle=not plan.grants and not self._has_work(),
@@ -196,68 +210,68 @@ class RankRuntime:
                 return
             self._sequences.apply(plan)
             if agreed.num_rows > 0:
-                self._step(plan)
+                self._step(plan, member, weights)
             elif agreed.is_idle:
                 if self._doorbell.wait(epoch, self._has_reason):
-                    self._bells.ring_all(epoch)
+                    member.bells.ring_all(epoch)
                 epoch += 1
 
-    def _open_port(self) -> LanePort | None:
-        """The lane's inbox and outbox, on its first rank."""
-        if self._place.lane is None or self._place.tp_rank != 0:
-            return None
-        spec, tokenizer = self._spec, Tokenizer.load(Path(self._spec.model_dir))
-        scheduler = Scheduler(
-            spec.limits,
-            PagePool(spec.num_pages, spec.page_tokens),
-            end_token_ids=end_token_ids(tokenizer, self._architecture.eos_token_ids),
-            token_bytes=tokenizer.token_bytes,
-            max_positions=self._architecture.max_positions,
-        )
-        port = LanePort(self._place.lane, scheduler, retain_s=spec.retain_s)
-        port.wake = self._doorbell.nudge
-        return port
-
-    def _share_plan(self, step: int) -> StepPlan:
+    def _share_plan(self, member: _Membership, step: int) -> StepPlan:
         """This lane's plan; on all its tp ranks the same. An empty one where there is no lane."""
-        empty = StepPlan(generation=self._generation, step=step)
-        if self._comms.lane_control is None:
-            return empty
+        lane = member.comms.lane_control
+        if lane is None:
+            return StepPlan(generation=member.generation, step=step)
         if self.port is None:
-            return _PLAN_DECODER.decode(self._comms.lane_control.broadcast_bytes(None, source=0))
-        plan = self.port.plan(self._generation, step)
-        self._comms.lane_control.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
+            return _PLAN_DECODER.decode(lane.broadcast_bytes(None, source=0))
+        plan = self.port.plan(member.generation, step)
+        lane.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
         return plan
 
-    def _step(self, plan: StepPlan) -> None:
-        assert self._weights is not None
+    def _step(self, plan: StepPlan, member: _Membership, weights: Weights) -> None:
         started_s = time.monotonic()
         with torch.inference_mode():
             logits_SV = decoder.forward(
                 self._sequences.batch(plan),
-                self._weights,
+                weights,
                 self._cache,
-                self._comms.lane,
-                self._exchange,
+                member.comms.lane,
+                member.exchange,
                 self._architecture,
                 self._kernels,
             )
-            sampled = sample(logits_SV, self._sequences.row_samplings(plan))
+            rows = self._sequences.row_samplings(plan)
+            sampled = sample(logits_SV, rows, end_token_ids=self._end_token_ids)
         seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
         for seq_id, token_id in zip(seq_ids, sampled.token_ids, strict=True):
             self._sequences.append(seq_id, token_id)
         if self.port is not None:
             result = StepResult(
-                generation=self._generation,
+                generation=member.generation,
                 step=plan.step,
                 seq_ids=seq_ids,
-                token_ids=tuple(sampled.token_ids),
-                logprobs=tuple(sampled.logprobs),
+                token_ids=sampled.token_ids,
+                logprobs=sampled.logprobs,
             )
             self.port.commit(result)
         self._num_steps += 1
         self._num_tokens += len(seq_ids)
         self._step_s_total += time.monotonic() - started_s
+
+    def _open_port(self, tokenizer: Tokenizer) -> LanePort | None:
+        """The lane's inbox and outbox, on its first rank."""
+        if self._place.lane is None or self._place.tp_rank != 0:
+            return None
+        spec = self._spec
+        scheduler = Scheduler(
+            spec.limits,
+            PagePool(spec.num_pages, spec.page_tokens),
+            end_token_ids=self._end_token_ids,
+            token_bytes=tokenizer.text_bytes,
+            max_positions=self._architecture.max_positions,
+        )
+        port = LanePort(self._place.lane, scheduler, retain_s=spec.retain_s)
+        port.wake = self._doorbell.nudge
+        return port
 
     def _has_work(self) -> bool:
         return self.port is not None and self.port.has_work
