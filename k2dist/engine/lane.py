@@ -62,7 +62,8 @@ class _Kept:
 class LanePort:
     """One lane's inbox and outbox round its scheduler. Every method may be called from any thread.
 
-    `wake` is called, without the lock, whenever there is new work for a sleeping step loop.
+    `wake` is called, without the lock, whenever there is new work for a sleeping step loop. Prompts may hold
+    the ids 0 to vocab_size - 1.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class LanePort:
         lane: LaneId,
         scheduler: Scheduler,
         *,
+        vocab_size: int,
         retain_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lane = lane
         self.wake: Callable[[], None] = lambda: None
         self._scheduler = scheduler
+        self._vocab_size = vocab_size
         self._retain_s = retain_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -164,6 +167,7 @@ class LanePort:
             elif self._closed:
                 raise UnavailableError(self._closed)
             else:
+                self._refuse_unknown_ids(request)
                 events = self._scheduler.add(request, self._clock())
                 self._kept[request.request_id] = _Kept(request)
                 self._publish(events)
@@ -172,6 +176,11 @@ class LanePort:
         except (CapacityError, UnavailableError) as error:
             return AdmitReply(request_id=request.request_id, error=str(error), retry_can_help=True)
         return AdmitReply(request_id=request.request_id)
+
+    def _refuse_unknown_ids(self, request: Request) -> None:
+        for token_id in request.prompt:
+            if not 0 <= token_id < self._vocab_size:
+                raise RequestError("prompt", f"token id {token_id} is not in 0 to {self._vocab_size - 1}")
 
     def _publish(self, events: tuple[Event, ...]) -> None:
         now_s = self._clock()

@@ -269,7 +269,9 @@ class RankRuntime:
             token_bytes=tokenizer.text_bytes,
             max_positions=self._architecture.max_positions,
         )
-        port = LanePort(self._place.lane, scheduler, retain_s=spec.retain_s)
+        port = LanePort(
+            self._place.lane, scheduler, vocab_size=self._architecture.vocab_size, retain_s=spec.retain_s
+        )
         port.wake = self._doorbell.nudge
         return port
 

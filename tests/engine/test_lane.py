@@ -35,7 +35,7 @@ def port(clock: Clock) -> LanePort:
         token_bytes=lambda token_id: bytes([token_id]),
         max_positions=64,
     )
-    return LanePort(LaneId(0), scheduler, retain_s=10, clock=clock)
+    return LanePort(LaneId(0), scheduler, vocab_size=100, retain_s=10, clock=clock)
 
 
 def request(name: str, *, max_tokens: int = 3, num_outputs: int = 1) -> Request:
@@ -149,6 +149,12 @@ def test_a_failure_ends_every_stream_and_takes_no_more(port: LanePort) -> None:
     (reply,) = port.admit((request("c"),))
     assert reply.retry_can_help
     assert reply.error == "rank 1 died"
+
+
+def test_ids_outside_the_vocabulary_are_refused(port: LanePort) -> None:
+    (reply,) = port.admit((Request(request_id=RequestId("a"), prompt=(1, 100), sampling=Sampling()),))
+    assert reply.field == "prompt"
+    assert "100" in reply.error
 
 
 def test_draining_refuses_new_requests_and_finishes_old_ones(port: LanePort) -> None:
