@@ -1,0 +1,26 @@
+"""Ranks talk here: communicators (alone, threads, processes), the token exchange, the step's agreement."""
+
+from k2dist.comm.agreement import StepAgreement, agree, combine
+from k2dist.comm.alone import Alone
+from k2dist.comm.communicator import Communicator
+from k2dist.comm.distributed import DistCommunicator
+from k2dist.comm.exchange import Dispatched, Exchange, Ticket
+from k2dist.comm.rendezvous import host_store, join_store
+from k2dist.comm.threads import ThreadCommunicator, thread_group, thread_world
+
+__all__ = [
+    "Alone",
+    "Communicator",
+    "Dispatched",
+    "DistCommunicator",
+    "Exchange",
+    "StepAgreement",
+    "ThreadCommunicator",
+    "Ticket",
+    "agree",
+    "combine",
+    "host_store",
+    "join_store",
+    "thread_group",
+    "thread_world",
+]

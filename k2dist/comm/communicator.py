@@ -34,10 +34,11 @@ class Communicator(Protocol):
         ...
 
     def reduce_rows(self, x_TD: Tensor, shares: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Sum every rank's float32 `x_TD` and keep this rank's contiguous share of rows, rounded once to `dtype`.
+        """The sum of every rank's float32 `x_TD`, of which this rank keeps its contiguous share of rows.
 
         shares[r]: rows of rank r, in rank order; T = sum(shares). Result: [shares[rank], D]. The sum runs in
-        rank order, ((x0 + x1) + x2) + ..., in float32, so a row's bits depend on nothing but its addends.
+        rank order, ((x0 + x1) + x2) + ..., in float32, and is rounded once, to `dtype`: a row's bits
+        depend on nothing but its addends.
         """
         ...
 
@@ -56,6 +57,7 @@ class Communicator(Protocol):
     def fence(self) -> None:
         """End this group from any thread: calls under way and later ones raise `FencedError` within a bound.
 
-        Not collective. A fenced group is never used again.
+        Not collective. Between processes it ends this rank's membership, and peers that wait for it get a
+        `PeerError` unless they are fenced too. A fenced group is never used again.
         """
         ...

@@ -1,0 +1,154 @@
+"""Tokens to their experts and back, with exact uneven splits.
+
+    dispatch   rows, expert ids ──counts──> ──rows──> rows of all ranks for the experts of this one
+    combine    one output per (row, expert) ─────────> home, unreduced, in the order of the router
+
+A row goes once to each rank that holds any of its experts; beside it travel its K slots there (-1:
+elsewhere). The pairs (row, slot) are rebuilt where they arrive. An idle rank sends no rows and still makes
+every call.
+
+Legend: T rows of this rank, K experts of a row, W columns of a wire row, N rows arrived, M pairs arrived,
+D columns of an expert's output, R ranks, L MoE layers, E logical experts, e slots of this rank, B bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from k2dist.comm.communicator import Communicator
+from k2dist.comm.rows import from_bytes, to_bytes
+from k2dist.ids import SlotId, WorldRank
+
+_SLOT_BYTES = 4  # int32
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Work for this rank's experts. Pairs are sorted by slot, then source rank, then source row."""
+
+    rows_NW: Tensor  # dtype of the wire; by source rank, then source row
+    row_M: Tensor  # int64: index into rows_NW
+    slot_M: Tensor  # int64: slot on this rank
+    counts_per_slot: Tensor  # int64 [e]: pairs of each slot
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What `combine` must know to bring the outputs home. Used once, on the rank that got it."""
+
+    num_rows: int
+    top_k: int
+    arrived_M: Tensor  # int64: sorted pair -> pair in order of arrival (source rank, source row, k)
+    home_TK: Tensor  # int64 [T * K]: pairs of this rank's rows by destination rank -> t * K + k
+    pairs_from: list[int]  # pairs that came from each rank
+    pairs_to: list[int]  # pairs that went to each rank
+
+
+class Exchange:
+    """One rank's side of the token exchange of every MoE layer. `comm` is the group of all world ranks.
+
+    `homes[l][e]` is the copy (rank, slot) of expert e of MoE layer l (0-based) that this rank uses; another
+    rank may use another copy. All ranks agree on the row width W, its dtype and K, rows or none.
+    """
+
+    def __init__(self, comm: Communicator, homes: Sequence[Sequence[tuple[WorldRank, SlotId]]]) -> None:
+        self._comm = comm
+        self._rank_LE = [torch.tensor([rank for rank, _ in layer], dtype=torch.int64) for layer in homes]
+        self._slot_LE = [torch.tensor([slot for _, slot in layer], dtype=torch.int32) for layer in homes]
+        self._num_slots = [
+            max((slot + 1 for rank, slot in layer if rank == comm.rank), default=0) for layer in homes
+        ]
+        # Since the start, to other ranks only. Bytes: rows with their slots, and outputs sent home.
+        self.num_rows_sent = 0
+        self.num_bytes_sent = 0
+        self._load_Le = [torch.zeros(num_slots, dtype=torch.int64) for num_slots in self._num_slots]
+
+    def expert_load(self) -> tuple[tuple[int, ...], ...]:
+        """[moe layer][slot of this rank]: rows its expert was given since the start, from all ranks."""
+        return tuple(tuple(load_e.tolist()) for load_e in self._load_Le)
+
+    def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
+        """Send each row to the ranks of its experts; what this rank's experts must compute comes back.
+
+        `expert_TK`: int64, the experts of a row, all different. Collective.
+        """
+        num_rows, top_k = expert_TK.shape
+        assert len(rows_TW) == num_rows, f"{len(rows_TW)} rows, experts for {num_rows}"
+        rank_TK = self._rank_LE[moe_layer][expert_TK]
+        to_rank_RT = _destinations(rank_TK, self._comm.size)
+        send = to_rank_RT.sum(1).tolist()
+        recv = self._exchange_counts(send)
+
+        packed_NB = self._pack(moe_layer, rows_TW, expert_TK, rank_TK, to_rank_RT)
+        arrived_NB = self._comm.all_to_all_rows(packed_NB, send, recv)
+        self.num_rows_sent += self._num_away(send)
+        self.num_bytes_sent += self._num_away(send) * packed_NB.shape[1]
+
+        row_bytes = arrived_NB.shape[1] - top_k * _SLOT_BYTES
+        rows_NW = from_bytes(arrived_NB[:, :row_bytes], rows_TW.dtype)
+        slot_NK = from_bytes(arrived_NB[:, row_bytes:], torch.int32)
+        work, arrived_M, pairs_from = self._sort_pairs(rows_NW, slot_NK, recv, self._num_slots[moe_layer])
+        self._load_Le[moe_layer] += work.counts_per_slot
+        home_TK = rank_TK.flatten().argsort(stable=True)
+        pairs_to = rank_TK.flatten().bincount(minlength=self._comm.size).tolist()
+        return work, Ticket(num_rows, top_k, arrived_M, home_TK, pairs_from, pairs_to)
+
+    def combine(self, out_MD: Tensor, ticket: Ticket) -> Tensor:
+        """Outputs of `dispatch`'s pairs, in their order, go home. Result: [T, K, D], same dtype, unreduced.
+
+        Entry (t, k) is the output of row t's expert `expert_TK[t, k]`. Collective.
+        """
+        assert len(out_MD) == len(ticket.arrived_M), (
+            f"{len(out_MD)} outputs for {len(ticket.arrived_M)} pairs"
+        )
+        out_MB = to_bytes(out_MD)
+        arrival_MB = torch.empty_like(out_MB).index_copy_(0, ticket.arrived_M, out_MB)
+        came_home_NB = self._comm.all_to_all_rows(arrival_MB, ticket.pairs_from, ticket.pairs_to)
+        self.num_bytes_sent += self._num_away(ticket.pairs_from) * out_MB.shape[1]
+        home_NB = torch.empty_like(came_home_NB).index_copy_(0, ticket.home_TK, came_home_NB)
+        return from_bytes(home_NB, out_MD.dtype).view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
+
+    def _exchange_counts(self, send: list[int]) -> list[int]:
+        """How many rows each rank will send to this one."""
+        ones = [1] * self._comm.size
+        count_R1 = torch.tensor(send, dtype=torch.int64)[:, None]
+        recv: list[int] = self._comm.all_to_all_rows(count_R1, ones, ones)[:, 0].tolist()
+        return recv
+
+    def _pack(
+        self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor, rank_TK: Tensor, to_rank_RT: Tensor
+    ) -> Tensor:
+        """Bytes to send, by destination rank, then row: the row, and for each k its slot there or -1."""
+        rank_N, row_N = to_rank_RT.nonzero(as_tuple=True)
+        slot_NK = self._slot_LE[moe_layer][expert_TK[row_N]]
+        slot_NK = slot_NK.masked_fill(rank_TK[row_N] != rank_N[:, None], -1)
+        return torch.cat((to_bytes(rows_TW).index_select(0, row_N), to_bytes(slot_NK)), dim=1)
+
+    def _num_away(self, counts: list[int]) -> int:
+        return sum(counts) - counts[self._comm.rank]
+
+    def _sort_pairs(
+        self, rows_NW: Tensor, slot_NK: Tensor, recv: list[int], num_slots: int
+    ) -> tuple[Dispatched, Tensor, list[int]]:
+        """Pairs by slot; for each the index in order of arrival; how many came from each rank."""
+        row_M, k_M = (slot_NK >= 0).nonzero(as_tuple=True)  # by source rank, source row, k
+        slot_M = slot_NK[row_M, k_M].long()
+        order_M = slot_M.argsort(stable=True)
+        source_N = torch.arange(self._comm.size).repeat_interleave(torch.tensor(recv))
+        pairs_from = source_N[row_M].bincount(minlength=self._comm.size).tolist()
+        counts_e = slot_M.bincount(minlength=num_slots)
+        assert len(counts_e) == num_slots, (
+            f"rows came for slot {len(counts_e) - 1} of {num_slots}: homes differ"
+        )
+        return Dispatched(rows_NW, row_M[order_M], slot_M[order_M], counts_e), order_M, pairs_from
+
+
+def _destinations(rank_TK: Tensor, size: int) -> Tensor:
+    """Bool [R, T]: whether rank r holds any expert of row t."""
+    to_rank_RT = torch.zeros(size, len(rank_TK), dtype=torch.bool)
+    to_rank_RT[rank_TK, torch.arange(len(rank_TK))[:, None].expand_as(rank_TK)] = True
+    return to_rank_RT
