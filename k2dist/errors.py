@@ -35,8 +35,12 @@ class RequestError(UsageError):
     """One request is wrong. `field` names what to change, as the client spelled it."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
+        super().__init__(field, message)  # both, so that it survives pickling
         self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
 
 
 class CheckpointError(K2Error):
@@ -55,8 +59,12 @@ class PeerError(K2Error):
     retry_can_help = True
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
-        super().__init__(message)
+        super().__init__(message, ranks)
+        self.message = message
         self.ranks = ranks
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class FencedError(K2Error):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from k2dist.comm import Communicator, thread_world
+from k2dist.comm import Communicator, thread_group, thread_world
 from k2dist.config import read_architecture
 from k2dist.engine.lane import LanePort
 from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
@@ -144,13 +144,11 @@ class LocalWorld:
 def _connect(layout: Layout, deadline_s: float) -> list[RankComms]:
     world = thread_world(layout.world_size, deadline_s)
     control = thread_world(layout.world_size, deadline_s)
-    lane_comms: dict[int, tuple[Communicator, Communicator]] = {}
+    lane_groups: dict[int, tuple[Communicator, Communicator]] = {}
     for lane in range(layout.num_lanes):
         members = layout.members(LaneId(lane))
-        groups = zip(
-            thread_world(len(members), deadline_s), thread_world(len(members), deadline_s), strict=True
-        )
-        lane_comms |= dict(zip(members, groups, strict=True))
+        groups = zip(thread_group(members, deadline_s), thread_group(members, deadline_s), strict=True)
+        lane_groups |= dict(zip(members, groups, strict=True))
     return [
-        RankComms(world[w], control[w], *lane_comms.get(w, (None, None))) for w in range(layout.world_size)
+        RankComms(world[w], control[w], *lane_groups.get(w, (None, None))) for w in range(layout.world_size)
     ]

@@ -1,6 +1,6 @@
 """What a client reads: the events of one request's answer, in no API's words.
 
-    Accepted, then Delta ... of all outputs as they come, and for each output one Finished or Failed as its last
+    Accepted, then Delta ... of all outputs as they come; the last of each output is Finished or Failed
 
 Positions are (output_index, token index); deltas are never cumulative.
 """
@@ -21,7 +21,7 @@ class AnswerEnd(enum.StrEnum):
     ABORTED = "aborted"  # by the client or an operator
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True, kw_only=True):
     """A lane has the request: it is not lost from here on. `sampling` is resolved, its seed included."""
 
     request_id: str
@@ -32,7 +32,7 @@ class Accepted(Message):
     lane: int
 
 
-class ToolCallDelta(Message):
+class ToolCallDelta(Message, frozen=True, kw_only=True):
     """What the answer adds to its call number `index`; `id` and `name` come with the call's first delta."""
 
     index: int
@@ -41,8 +41,8 @@ class ToolCallDelta(Message):
     arguments: str = ""
 
 
-class Delta(Message):
-    """Tokens [first_index, first_index + len(token_ids)) and what they add; text may lag behind its tokens."""
+class Delta(Message, frozen=True, kw_only=True):
+    """Tokens [first_index, first_index + len(token_ids)) and what they add; the text may lag behind."""
 
     output_index: int
     first_index: int
@@ -52,7 +52,7 @@ class Delta(Message):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Finished(Message):
+class Finished(Message, frozen=True, kw_only=True):
     """The last event of an output that ended as asked."""
 
     output_index: int
@@ -61,7 +61,7 @@ class Finished(Message):
     usage: Usage
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True):
     """The last event of an output that could not be finished. `reason` as listed in inference.proto."""
 
     output_index: int

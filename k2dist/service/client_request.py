@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from k2dist.messages import ChatMessage, Message
 
 
-class PartialSampling(Message):
+class PartialSampling(Message, frozen=True, kw_only=True):
     """`messages.Sampling` as a client gives it: None where it said nothing."""
 
     temperature: float | None = None
@@ -17,7 +19,7 @@ class PartialSampling(Message):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -27,14 +29,14 @@ class PartialSampling(Message):
     logprobs: int | None = None
 
 
-class Chat(Message):
-    """A conversation that the assistant is to continue. `tools` are JSON objects just as the client sent them."""
+class Chat(Message, frozen=True, kw_only=True):
+    """A conversation that the assistant is to continue. `tools`: JSON objects just as sent."""
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
 
-class ClientRequest(Message):
+class ClientRequest(Message, frozen=True, kw_only=True):
     """One request for generation. `prompt`: text encoded as it is, token ids, or a conversation."""
 
     prompt: str | tuple[int, ...] | Chat
@@ -47,7 +49,7 @@ class ClientRequest(Message):
     model: str = ""  # empty: the one that is served
 
 
-class Position(Message):
+class Position(Message, frozen=True, kw_only=True):
     """Where to read on in one output."""
 
     output_index: int

@@ -6,20 +6,17 @@ are reached.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from k2dist.ids import RequestId
-from k2dist.messages import LaneLoad, Request
-
-if TYPE_CHECKING:  # the values alone are wanted: importing `engine` would bring torch into the coordinator
-    from k2dist.engine.lane import AdmitReply, EventBatch, LiveRequest
+from k2dist.messages import AdmitReply, EventBatch, LaneLoad, LiveRequest, Request
 
 
 class Lane(Protocol):
     """One lane. Every method raises PeerError when the lane has died or does not answer in time."""
 
     async def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
-        """Hand over requests; one reply each, in order. A request with a reply free of error is the lane's."""
+        """Hand over requests; one reply each, in order. Without an error in it the lane has it."""
 
     async def cancel(self, ids: tuple[RequestId, ...]) -> None:
         """End these before the lane plans its next step; unknown and ended ones are left alone."""

@@ -62,15 +62,15 @@ class GetTopologyResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
-    LIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    LIVE_OUTPUTS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """the config's name"""
     model: _builtins.str
     state: Global___ServiceState.ValueType
     queued_requests: _builtins.int
     """waiting in the coordinator, not yet accepted"""
-    live_requests: _builtins.int
-    """accepted and not ended"""
+    live_outputs: _builtins.int
+    """sent to lanes and not ended"""
     @_builtins.property
     def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneState]:
         """by lane number"""
@@ -83,11 +83,11 @@ class GetTopologyResponse(_message.Message):
         state: Global___ServiceState.ValueType = ...,
         lanes: _abc.Iterable[Global___LaneState] | None = ...,
         queued_requests: _builtins.int = ...,
-        live_requests: _builtins.int = ...,
+        live_outputs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "lanes", b"lanes", "live_requests", b"live_requests", "model", b"model", "queued_requests", b"queued_requests", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "lanes", b"lanes", "live_outputs", b"live_outputs", "model", b"model", "queued_requests", b"queued_requests", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

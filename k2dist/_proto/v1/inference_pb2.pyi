@@ -13,12 +13,14 @@ comes back in `Accepted`.
 Errors. Before `accepted` a request ends with a gRPC status, whose details (google.rpc.Status in the
 trailing key `grpc-status-details-bin`) hold one google.rpc.ErrorInfo with domain "k2dist" and, if a field is
 at fault, a google.rpc.BadRequest that names it. After `accepted` each output ends with exactly one
-`finished` or `failed`, and the RPC itself ends OK. Reasons, in ErrorInfo.reason and Error.reason:
+`finished` or `failed`, and the RPC itself ends OK (except for a reader so slow that the server forgot what it
+reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
 
   reason               gRPC code            a retry can help
   INVALID_REQUEST      INVALID_ARGUMENT     no: a field is wrong, the message says how
   REQUEST_ID_IN_USE    ALREADY_EXISTS       no: the id belongs to another request
   REQUEST_UNKNOWN      NOT_FOUND            no: never accepted here, or forgotten
+  ABORTED              CANCELLED            no: by Abort, while it waited
   NO_CAPACITY          RESOURCE_EXHAUSTED   yes: the queue is full, or pages are
   NOT_SERVING          UNAVAILABLE          yes: starting, draining or stopped
   RANK_LOST            UNAVAILABLE          yes: a rank died or did not arrive in time

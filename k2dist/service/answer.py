@@ -1,0 +1,140 @@
+"""One output of a request, from a lane's token events to text and tool calls.
+
+    token ids -> StopGate (a stop string never shows) -> ToolCallParser on ids, or UTF-8 -> Delta
+
+The lane decides when an output ends; this only decides what of it is text. Pure and restartable: fed the
+same tokens again, however cut, it gives the same text, which is how Resume replays from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k2dist.messages import Event, FinishReason, Usage
+from k2dist.service.answer_events import AnswerEnd, Delta, Failed, Finished, ToolCallDelta
+from k2dist.text.stream import StopGate, Utf8Stream
+from k2dist.text.tokenizer import Tokenizer
+from k2dist.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Part, ToolCallParser
+
+OutputEvent = Delta | Finished | Failed
+
+_ENDS = {
+    FinishReason.STOP: AnswerEnd.STOP,
+    FinishReason.LENGTH: AnswerEnd.LENGTH,
+    FinishReason.ABORT: AnswerEnd.ABORTED,
+}
+
+
+class Answer:
+    """Reads the lane's events of one output, in order, and gives what a client is to see of each.
+
+    `tools`: None for an answer that is only text, in which no special token shows. Otherwise tool calls are
+    taken out of the text; `first_call` is how many calls the conversation has had already. Before token
+    number `min_tokens` the lane lets no stop string end the output, so none is looked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stops: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        tools: tuple[dict[str, Any], ...] | None = None,
+        first_call: int = 0,
+    ) -> None:
+        self._gate = StopGate(stops, tokenizer.text_bytes, min_tokens=min_tokens) if stops else None
+        self._reader: ToolCallParser | _TextReader
+        if tools is None:
+            self._reader = _TextReader(tokenizer)
+        else:
+            self._reader = ToolCallParser(tokenizer, tools, first_call=first_call)
+
+    def push(self, event: Event) -> tuple[OutputEvent, ...]:
+        """A Delta if there is anything to show, and the terminal event if this was the output's last."""
+        parts = self._read(event.token_ids)
+        if event.finish is not None:
+            parts += self._finish(event)
+        events: list[OutputEvent] = []
+        delta = _delta(event, parts)
+        if delta.token_ids or delta.text or delta.tool_calls:
+            events.append(delta)
+        if event.finish is FinishReason.ERROR:
+            events.append(_failed(event))
+        elif event.finish is not None:
+            events.append(self._finished(event, _ENDS[event.finish]))
+        return tuple(events)
+
+    def _read(self, token_ids: tuple[int, ...]) -> tuple[Part, ...]:
+        if self._gate is None:
+            return self._reader.push(token_ids)
+        passed = self._gate.push(token_ids)
+        return self._reader.push(passed.token_ids) + self._reader.push_bytes(passed.tail)
+
+    def _finish(self, event: Event) -> tuple[Part, ...]:
+        """What was held back, now that nothing can follow."""
+        held = self._gate.finish().token_ids if self._gate is not None else ()
+        is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
+        return self._reader.push(held) + self._reader.finish(is_cut=is_cut)
+
+    def _finished(self, event: Event, end: AnswerEnd) -> Finished:
+        if end is AnswerEnd.STOP and self._reader.num_calls > 0:
+            end = AnswerEnd.TOOL_CALLS
+        return Finished(
+            output_index=event.output_index,
+            reason=end,
+            stop_match=event.stop_match,
+            usage=event.usage or Usage(completion_tokens=event.first_index + len(event.token_ids)),
+        )
+
+
+class _TextReader:
+    """The part of `ToolCallParser`'s face that plain text needs."""
+
+    num_calls = 0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = Utf8Stream()
+
+    def push(self, token_ids: tuple[int, ...]) -> tuple[Part, ...]:
+        return self.push_bytes(self._tokenizer.decode_bytes(token_ids, skip_special=True))
+
+    def push_bytes(self, data: bytes) -> tuple[Part, ...]:
+        return _content(self._utf8.push(data))
+
+    def finish(self, *, is_cut: bool) -> tuple[Part, ...]:
+        del is_cut  # half a character is half a character
+        return _content(self._utf8.finish())
+
+
+def _content(text: str) -> tuple[Part, ...]:
+    return (ContentDelta(text),) if text else ()
+
+
+def _delta(event: Event, parts: tuple[Part, ...]) -> Delta:
+    text = ""
+    calls: dict[int, ToolCallDelta] = {}
+    for part in parts:
+        match part:
+            case ContentDelta(more):
+                text += more
+            case CallStarted(index, call_id, name):
+                calls[index] = ToolCallDelta(index=index, id=call_id, name=name)
+            case ArgumentsDelta(index, more):
+                known = calls.get(index, ToolCallDelta(index=index))
+                arguments = known.arguments + more
+                calls[index] = ToolCallDelta(index=index, id=known.id, name=known.name, arguments=arguments)
+            case CallEnded():
+                pass
+    return Delta(
+        output_index=event.output_index,
+        first_index=event.first_index,
+        token_ids=event.token_ids,
+        text=text,
+        tool_calls=tuple(calls.values()),
+        logprobs=event.logprobs,
+    )
+
+
+def _failed(event: Event) -> Failed:
+    return Failed(output_index=event.output_index, reason="RANK_LOST", message=event.error, retryable=True)

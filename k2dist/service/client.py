@@ -1,0 +1,222 @@
+"""A client of `k2dist.v1.Inference`: asyncio first, and a thin synchronous face for scripts.
+
+    async with AsyncClient("127.0.0.1:8400") as client:
+        async for event in client.chat([ChatMessage(role="user", content="Hello")]):
+            ...
+
+Errors are k2dist's own (`error_codes.error_of`). Leaving an iterator ends its request, unless it is detached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from k2dist._proto.v1 import inference_pb2 as pb
+from k2dist.messages import ChatMessage
+from k2dist.service.answer_events import AnswerEvent
+from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
+from k2dist.service.error_codes import error_of
+from k2dist.service.wire_events import read_event
+from k2dist.service.wire_requests import write_chat, write_request
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+UNARY_TIMEOUT_S = 30.0
+T = TypeVar("T")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),  # finds a server that vanished without a word
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class AsyncClient:
+    """One channel to one coordinator. Any number of calls at once, all on the event loop it was made in."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def generate(
+        self, request: ClientRequest, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[AnswerEvent]:
+        """The answer's events as they come; the request goes out when the first is awaited.
+
+        `timeout_s`: for all of it; None: as long as it takes.
+        """
+        return self._read(self._inference.Generate, write_request(request), timeout_s)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        sampling: PartialSampling | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[AnswerEvent]:
+        """`generate` for a conversation."""
+        chat = Chat(messages=tuple(messages), tools=tuple(tools))
+        request = ClientRequest(prompt=chat, sampling=sampling or PartialSampling())
+        return self.generate(request, timeout_s=timeout_s)
+
+    def resume(self, request_id: str, positions: Sequence[Position] = ()) -> AsyncGenerator[AnswerEvent]:
+        """The answer of an accepted request, each output from its position on."""
+        message = pb.ResumeRequest(request_id=request_id)
+        for position in positions:
+            getattr(message, "from").add(output_index=position.output_index, token_index=position.token_index)
+        return self._read(self._inference.Resume, message, None)
+
+    async def abort(self, request_id: str) -> pb.AbortResponse:
+        message = pb.AbortRequest(request_id=request_id)
+        response: pb.AbortResponse = await self._call(self._inference.Abort, message)
+        return response
+
+    async def models(self) -> list[pb.Model]:
+        response = await self._call(self._inference.ListModels, pb.ListModelsRequest())
+        return list(response.models)
+
+    async def tokenize(self, text: str, *, allow_special: bool = False) -> list[int]:
+        message = pb.TokenizeRequest(text=text, allow_special=allow_special)
+        return list((await self._call(self._inference.Tokenize, message)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        message = pb.DetokenizeRequest(token_ids=token_ids, skip_special=skip_special)
+        return str((await self._call(self._inference.Detokenize, message)).text)
+
+    async def apply_chat_template(
+        self, chat: Chat, *, add_generation_prompt: bool = True
+    ) -> pb.ApplyChatTemplateResponse:
+        message = pb.ApplyChatTemplateRequest(
+            chat=write_chat(chat), add_generation_prompt=add_generation_prompt
+        )
+        response: pb.ApplyChatTemplateResponse = await self._call(self._inference.ApplyChatTemplate, message)
+        return response
+
+    async def topology(self) -> control_pb2.GetTopologyResponse:
+        message = control_pb2.GetTopologyRequest()
+        response: control_pb2.GetTopologyResponse = await self._call(self._control.GetTopology, message)
+        return response
+
+    async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
+        call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
+        try:
+            async for message in call:
+                event = read_event(message)
+                if event is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self.address) from error
+        finally:
+            call.cancel()  # without effect on a call that is done
+
+    async def _call(self, method: Any, message: Any) -> Any:
+        try:
+            return await method(message, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self.address) from error
+
+
+class Client:
+    """`AsyncClient` for code without an event loop: it runs one in a thread. Close it after use."""
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="k2dist-client", daemon=True)
+        self._thread.start()
+        self._client = self._await(_connect(address))
+
+    def close(self) -> None:
+        self._await(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def generate(self, request: ClientRequest, *, timeout_s: float | None = None) -> Iterator[AnswerEvent]:
+        """Events as they come; closing the iterator ends the request, unless it is detached."""
+        return self._drain(self._client.generate(request, timeout_s=timeout_s))
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        sampling: PartialSampling | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[AnswerEvent]:
+        return self._drain(self._client.chat(messages, tools=tools, sampling=sampling, timeout_s=timeout_s))
+
+    def resume(self, request_id: str, positions: Sequence[Position] = ()) -> Iterator[AnswerEvent]:
+        return self._drain(self._client.resume(request_id, positions))
+
+    def abort(self, request_id: str) -> pb.AbortResponse:
+        return self._await(self._client.abort(request_id))
+
+    def models(self) -> list[pb.Model]:
+        return self._await(self._client.models())
+
+    def tokenize(self, text: str, *, allow_special: bool = False) -> list[int]:
+        return self._await(self._client.tokenize(text, allow_special=allow_special))
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        return self._await(self._client.detokenize(token_ids, skip_special=skip_special))
+
+    def apply_chat_template(
+        self, chat: Chat, *, add_generation_prompt: bool = True
+    ) -> pb.ApplyChatTemplateResponse:
+        return self._await(
+            self._client.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
+        )
+
+    def topology(self) -> control_pb2.GetTopologyResponse:
+        return self._await(self._client.topology())
+
+    def _drain(self, events: AsyncGenerator[AnswerEvent]) -> Iterator[AnswerEvent]:
+        try:
+            while (event := self._await(_next(events))) is not None:
+                yield event
+        finally:
+            self._await(events.aclose())
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # left by Ctrl-C: the loop is not to wait on; a result is not touched
+
+
+async def _connect(address: str) -> AsyncClient:
+    return AsyncClient(address)  # here, because a channel belongs to the running loop
+
+
+async def _next(events: AsyncGenerator[AnswerEvent]) -> AnswerEvent | None:
+    return await anext(events, None)

@@ -1,0 +1,151 @@
+"""The coordinator as a process: reads what it needs of the model, joins the lanes, listens for gRPC.
+
+A plain class with async methods, so that tests run it as it is and `cluster` makes a Ray actor of it
+(`ray.remote(CoordinatorActor)`); nothing here imports ray, nor torch: it costs a tokenizer's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from k2dist.config import read_architecture
+from k2dist.config.cluster import ClusterConfig, split_address
+from k2dist.errors import CheckpointError, ConfigError, UnavailableError
+from k2dist.messages import LaneLoad, Message
+from k2dist.service.coordinator import Coordinator, CoordinatorLimits
+from k2dist.service.encoding import Encoder
+from k2dist.service.generation import AnswerStyle, Generation
+from k2dist.service.grpc_server import GrpcServer
+from k2dist.service.lane import Lane
+from k2dist.service.served_model import ServedModel, read_sampling_defaults
+from k2dist.text.tokenizer import Tokenizer, end_token_ids
+
+LOG_BYTES = 2**30  # of the request log, at most; it counts each request with all tokens that it may still get
+
+
+class CoordinatorStats(Message, frozen=True, kw_only=True):
+    """What the coordinator sees of its cluster now."""
+
+    address: str
+    is_draining: bool
+    num_queued: int  # requests that no lane has taken yet
+    num_outputs: int  # under way in all lanes
+    lanes: tuple[LaneLoad, ...]  # those that live
+
+
+class CoordinatorActor:
+    """`lanes[i]` is lane i. `start` before all else, on the event loop that then belongs to it.
+
+    model_name: what clients call the model; the directory's name if not given.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model_dir: str | Path,
+        lanes: Sequence[Lane],
+        model_name: str | None = None,
+    ) -> None:
+        self._config = config
+        self._model_dir = Path(model_dir)
+        self._model_name = model_name or self._model_dir.resolve().name
+        self._lanes = tuple(lanes)
+        self._parts: _Parts | None = None
+
+    async def start(self) -> str:
+        """Serve, and return the address. CapacityError: the port is taken. CheckpointError: no such model."""
+        tokenizer = Tokenizer.load(self._model_dir)
+        coordinator: Coordinator[AnswerStyle] = Coordinator(self._lanes, _limits(self._config))
+        encoder = Encoder(tokenizer)
+        generation = Generation(self._read_model(tokenizer), tokenizer, encoder, coordinator)
+        server = GrpcServer(self._config.name, generation, coordinator)
+        host, port = _split(self._config.service.grpc)
+        try:
+            port = await server.start(host, port)
+        except BaseException:
+            encoder.close()
+            raise
+        coordinator.start()
+        await server.set_serving(True)
+        shown = f"[{host}]" if ":" in host else host
+        self._parts = _Parts(f"{shown}:{port}", coordinator, encoder, server)
+        return self._parts.address
+
+    async def address(self) -> str:
+        return self._started().address
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no new requests and wait for the accepted; false if some go on after `deadlines.drain_s`."""
+        parts = self._started()
+        await parts.server.set_serving(False)
+        return await parts.coordinator.drain(timeout_s or self._config.deadlines.drain_s)
+
+    async def stop(self) -> None:
+        """End everything at once: open streams get UNAVAILABLE, the lanes are left as they are."""
+        if self._parts is None:
+            return
+        parts, self._parts = self._parts, None
+        await parts.server.stop(grace_s=0.0)
+        await parts.coordinator.stop()
+        parts.encoder.close()
+
+    async def stats(self) -> CoordinatorStats:
+        parts = self._started()
+        return CoordinatorStats(
+            address=parts.address,
+            is_draining=parts.coordinator.is_draining,
+            num_queued=parts.coordinator.num_queued,
+            num_outputs=parts.coordinator.num_outputs,
+            lanes=await parts.coordinator.loads(),
+        )
+
+    def _read_model(self, tokenizer: Tokenizer) -> ServedModel:
+        architecture = read_architecture(self._model_dir)
+        if tokenizer.vocab_size > architecture.vocab_size:
+            raise CheckpointError(
+                f"{self._model_dir}: {tokenizer.vocab_size} ids in the tokenizer, but vocab_size is "
+                f"{architecture.vocab_size} in config.json; they belong to different models"
+            )
+        cache = self._config.cache
+        return ServedModel(
+            name=self._model_name,
+            max_positions=min(architecture.max_positions, cache.page_tokens * cache.num_pages),
+            vocab_size=tokenizer.vocab_size,
+            end_token_ids=end_token_ids(tokenizer, architecture.eos_token_ids),
+            defaults=read_sampling_defaults(self._model_dir),
+        )
+
+    def _started(self) -> _Parts:
+        if self._parts is None:
+            raise UnavailableError("the coordinator is not running; call start first")
+        return self._parts
+
+
+class _Parts:
+    """What runs between `start` and `stop`."""
+
+    def __init__(
+        self, address: str, coordinator: Coordinator[AnswerStyle], encoder: Encoder, server: GrpcServer
+    ) -> None:
+        self.address = address
+        self.coordinator = coordinator
+        self.encoder = encoder
+        self.server = server
+
+
+def _limits(config: ClusterConfig) -> CoordinatorLimits:
+    return CoordinatorLimits(
+        max_queued=config.service.max_queued,
+        queue_s=config.service.queue_s,
+        lane_outputs=config.scheduler.max_running,
+        log_bytes=LOG_BYTES,
+        retain_s=config.service.retain_s,
+    )
+
+
+def _split(address: str) -> tuple[str, int]:
+    parts = split_address(address)
+    if parts is None:
+        raise ConfigError(f"service.grpc={address!r}: use host:port, such as 127.0.0.1:50051")
+    return parts
