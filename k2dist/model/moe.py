@@ -1,0 +1,73 @@
+"""A mixture-of-experts layer: the router at home, experts wherever their slots are, the sum at home again.
+
+    own rows ─ route ─ dispatch ─> experts of all ranks ─ combine ─> weights, sum by ascending expert, + shared
+
+Every rank of the world makes the same calls in every MoE layer, with rows or without: dispatch is a collective.
+
+Legend: t rows of this rank, N rows arrived, M pairs of row and slot, E experts, K experts of a row, D hidden width,
+W columns of a wire row. Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; k2_facts 2.5 and 2.6.
+"""
+
+from __future__ import annotations
+
+import torch
+from k2kernels import Experts, KernelSet, Rule
+from torch import Tensor
+
+from k2dist.comm import Exchange
+from k2dist.config import Architecture
+from k2dist.model.weights import Moe
+
+
+def moe(
+    x_tD: Tensor,
+    moe_layer: int,
+    weights: Moe,
+    experts: Experts,
+    exchange: Exchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+) -> Tensor:
+    """The normed stream of this rank's rows in, the layer's output for them out: [t, D]. Collective."""
+    logit_tE = kernels.router_logits(x_tD, weights.router.w_ED)
+    expert_tK, weight_tK = kernels.router_topk(logit_tE, weights.router.bias_E, rule(architecture))
+    out_tKD = through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
+    shared_tD = kernels.mlp(x_tD, weights.shared.gate_up, weights.shared.down, torch.float32)
+    return kernels.weighted_sum(out_tKD, weight_tK, shared_tD, kernels.dtype)
+
+
+def serve(
+    moe_layer: int, experts: Experts, exchange: Exchange, architecture: Architecture, kernels: KernelSet
+) -> None:
+    """Take part in a layer without rows of one's own. Collective."""
+    x_tD = torch.empty(0, architecture.hidden_size, dtype=kernels.dtype)
+    expert_tK = torch.empty(0, architecture.top_k, dtype=torch.int64)
+    through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
+
+
+def through_experts(
+    x_tD: Tensor,
+    expert_tK: Tensor,
+    moe_layer: int,
+    experts: Experts,
+    exchange: Exchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+) -> Tensor:
+    """The output of each row's experts, unweighted: [t, K, D] in the kernels' return dtype. Collective."""
+    block = architecture.scale_block
+    work, ticket = exchange.dispatch(moe_layer, kernels.wire_pack(x_tD, block), expert_tK)
+    rows = kernels.wire_unpack(work.rows_NW, architecture.hidden_size, block)
+    out_MD = kernels.experts(rows, work.row_M, work.counts_per_slot, experts)
+    return exchange.combine(out_MD, ticket)
+
+
+def rule(architecture: Architecture) -> Rule:
+    """How this model's router chooses."""
+    return Rule(
+        top_k=architecture.top_k,
+        num_groups=architecture.num_groups,
+        top_k_groups=architecture.top_k_groups,
+        normalises=architecture.norm_top_k,
+        scale=architecture.routed_scale,
+    )

@@ -1,0 +1,16 @@
+"""What an operation must move and compute at least: the denominator of a benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bytes read and written once each, and floating-point operations (a multiply-add counts two)."""
+
+    num_bytes: int
+    num_flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.num_bytes + other.num_bytes, self.num_flops + other.num_flops)
