@@ -43,8 +43,7 @@ class Doorbell:
             if has_reason():
                 return True
             with self._changed:
-                self._changed.wait_for(
-                    lambda seen=seen: self._rung_epoch >= epoch or self._num_nudges != seen
-                )
+                while self._rung_epoch < epoch and self._num_nudges == seen:
+                    self._changed.wait()
                 if self._rung_epoch >= epoch:
                     return False

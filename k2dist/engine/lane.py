@@ -30,7 +30,7 @@ from k2dist.messages import (
     StepPlan,
     StepResult,
 )
-from k2dist.scheduler import Scheduler
+from k2dist.scheduler import Scheduler, check_request
 
 
 class _Kept:
@@ -167,7 +167,7 @@ class LanePort:
             elif self._closed:
                 raise UnavailableError(self._closed)
             else:
-                self._refuse_unknown_ids(request)
+                check_request(request, self._vocab_size)
                 events = self._scheduler.add(request, self._clock())
                 self._kept[request.request_id] = _Kept(request)
                 self._publish(events)
@@ -176,11 +176,6 @@ class LanePort:
         except (CapacityError, UnavailableError) as error:
             return AdmitReply(request_id=request.request_id, error=str(error), retry_can_help=True)
         return AdmitReply(request_id=request.request_id)
-
-    def _refuse_unknown_ids(self, request: Request) -> None:
-        for token_id in request.prompt:
-            if not 0 <= token_id < self._vocab_size:
-                raise RequestError("prompt", f"token id {token_id} is not in 0 to {self._vocab_size - 1}")
 
     def _publish(self, events: tuple[Event, ...]) -> None:
         now_s = self._clock()

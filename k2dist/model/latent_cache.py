@@ -1,10 +1,10 @@
 """One rank's paged cache of latents, and the angles of every position that it can hold.
 
-Every tp rank of a lane keeps the whole of it: MLA has one latent for all heads. What a page holds before it is
-written is never read.
+Every tp rank of a lane keeps the whole of it: MLA has one latent for all heads. What a page holds before it
+is written is never read.
 
-C = num_pages * page_tokens places: token `offset` of page p lies at p * page_tokens + offset. D = latent width +
-rotary width; 70,272 bytes a token for K2 in bfloat16.
+C = num_pages * page_tokens places: token `offset` of page p is at p * page_tokens + offset. D = latent width
++ rotary width; over all layers 70,272 bytes a token for K2 in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A mixture-of-experts layer: the router at home, experts wherever their slots are, the sum at home again.
 
-    own rows ─ route ─ dispatch ─> experts of all ranks ─ combine ─> weights, sum by ascending expert, + shared
+    own rows ─ route ─ dispatch ─> experts of all ranks ─ combine ─> weigh, sum by ascending expert, + shared
 
-Every rank of the world makes the same calls in every MoE layer, with rows or without: dispatch is a collective.
+Every rank of the world makes the same calls in every MoE layer, with rows or without: each is a collective.
 
-Legend: t rows of this rank, N rows arrived, M pairs of row and slot, E experts, K experts of a row, D hidden width,
-W columns of a wire row. Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; k2_facts 2.5 and 2.6.
+Legend: t rows of this rank, N rows arrived, W columns of a wire row, M pairs of row and slot, E experts,
+K experts of a row, D hidden width.
+Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; k2_facts 2.5 and 2.6.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from k2dist.messages import Sampling, TokenLogprob
-
-MAX_LOGPROBS = 20
+from k2dist.scheduler import MAX_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Mla:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """SwiGLU. A dense layer's is cut over tp, so that its outputs are partial sums; a shared expert's is whole."""
+    """SwiGLU. A dense layer's is cut over tp: its outputs are partial sums. A shared expert's is whole."""
 
     gate_up: Linear
     down: Linear
@@ -83,7 +83,7 @@ class Weights:
 def assemble(
     tensors: Mapping[str, Tensor], architecture: Architecture, place: RankPlace, tp: int, kernels: KernelSet
 ) -> Weights:
-    """Lay out `tensors` for `kernels`. Raises `CheckpointError` for one that is missing, extra or mis-shaped."""
+    """Lay out `tensors` for `kernels`. `CheckpointError`: one is missing, extra or mis-shaped."""
     source = _Source(tensors, architecture.scale_block)
     lane = None if place.tp_rank is None else _lane(source, architecture, place.tp_rank, tp, kernels)
     experts = tuple(

@@ -2,12 +2,13 @@
 
     inv_freq[i] = theta^(-2i/R) * [(1 - ramp(i)) + ramp(i) / factor],  angle = position * inv_freq[i]
 
-ramp rises from 0 to 1 between the pairs that turn `beta_fast` and `beta_slow` times in the original context; for
-K2 (1 and 1) it is a hard step between pairs 19 and 20. Applied at every length, not only beyond the original
-context: the weights were trained so. The order of operations is the published code's, since at position 100,000
-a last bit of inv_freq is a hundredth of a radian.
+ramp rises from 0 to 1 between the pairs that turn `beta_fast` and `beta_slow` times in the original context;
+for K2 (1 and 1) it is a hard step between pairs 19 and 20. Applied at every length, not only beyond the
+original context: the weights were trained so. The order of operations is the published code's, since at
+position 100,000 a last bit of inv_freq is a hundredth of a radian.
 
-P positions, R rotary width, F = R / 2 pairs. Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; k2_facts 2.4.
+P positions, R rotary width, F = R / 2 pairs.
+Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; k2_facts 2.4.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from k2dist.config import Architecture, Yarn
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Cosine and sine of every position's angles, float32: a row's angles come from here, so that they have the
-    same bits in any batch."""
+    """Cosine and sine of every position's angles, float32: a row's have the same bits in any batch."""
 
     cos_PF: Tensor
     sin_PF: Tensor
+
+    def at(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos_PF[position_T], self.sin_PF[position_T]
 
 
 def rope_table(architecture: Architecture, num_positions: int) -> RopeTable:

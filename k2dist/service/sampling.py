@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 from k2dist.errors import RequestError
 from k2dist.messages import Message, Sampling
+from k2dist.scheduler import check_sampling
 from k2dist.service.client_request import PartialSampling
 
 T = TypeVar("T")
 
-MAX_SEED = 2**64 - 1
-MAX_LOGPROBS = 20
-MAX_STOPS = 64
-MAX_STOP_BYTES = 1024
 DEFAULT_TEMPERATURE = 0.6  # Kimi-K2-Instruct's model card
 
 
@@ -63,60 +59,15 @@ def resolve_sampling(
         ignore_eos=_first(said.ignore_eos, False),
         logprobs=said.logprobs,
     )
-    _check_numbers(resolved)
-    _check_lengths(resolved, prompt_tokens, room, max_positions)
-    _check_tokens(resolved, vocab_size)
-    _check_stops(resolved.stop)
+    check_sampling(resolved, vocab_size)
+    if resolved.max_tokens > room:
+        raise RequestError(
+            "sampling.max_tokens",
+            f"{resolved.max_tokens} + {prompt_tokens} prompt tokens pass the context of {max_positions}; "
+            f"ask for at most {room}",
+        )
     return resolved
 
 
 def _first(said: T | None, default: T) -> T:
     return default if said is None else said
-
-
-def _check_numbers(sampling: Sampling) -> None:
-    _check("temperature", sampling.temperature, 0.0, 100.0)
-    _check("top_p", sampling.top_p, 0.0, 1.0, open_below=True)
-    _check("top_k", sampling.top_k, 0, 2**31 - 1)
-    _check("min_p", sampling.min_p, 0.0, 1.0)
-    _check("repetition_penalty", sampling.repetition_penalty, 0.0, 100.0, open_below=True)
-    _check("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
-    _check("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
-    _check("seed", sampling.seed, 0, MAX_SEED)
-    if sampling.logprobs is not None:
-        _check("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
-
-
-def _check_lengths(sampling: Sampling, prompt_tokens: int, room: int, max_positions: int) -> None:
-    _check("max_tokens", sampling.max_tokens, 1, max_positions)
-    _check("min_tokens", sampling.min_tokens, 0, sampling.max_tokens)
-    if sampling.max_tokens > room:
-        raise RequestError(
-            "sampling.max_tokens",
-            f"{sampling.max_tokens} + {prompt_tokens} prompt tokens pass the context of {max_positions}; "
-            f"ask for at most {room}",
-        )
-
-
-def _check_tokens(sampling: Sampling, vocab_size: int) -> None:
-    for token_id, bias in sampling.logit_bias.items():
-        _check(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-        _check("logit_bias", token_id, 0, vocab_size - 1)
-    for index, token_id in enumerate(sampling.stop_token_ids):
-        _check(f"stop_token_ids[{index}]", token_id, 0, vocab_size - 1)
-
-
-def _check_stops(stops: tuple[str, ...]) -> None:
-    if len(stops) > MAX_STOPS:
-        raise RequestError("sampling.stop", f"{len(stops)} strings; at most {MAX_STOPS}")
-    for index, stop in enumerate(stops):
-        num_bytes = len(stop.encode())
-        if not 1 <= num_bytes <= MAX_STOP_BYTES:
-            raise RequestError(f"sampling.stop[{index}]", f"{num_bytes} bytes; use 1 to {MAX_STOP_BYTES}")
-
-
-def _check(name: str, value: float, low: float, high: float, *, open_below: bool = False) -> None:
-    too_low = value <= low if open_below else value < low
-    if not math.isfinite(value) or too_low or value > high:
-        bracket = "(" if open_below else "["
-        raise RequestError(f"sampling.{name}", f"{value} is outside {bracket}{low}, {high}]")

@@ -157,6 +157,28 @@ def test_ids_outside_the_vocabulary_are_refused(port: LanePort) -> None:
     assert "100" in reply.error
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=float("nan")),
+        Sampling(top_p=0.0),
+        Sampling(min_p=1.5),
+        Sampling(repetition_penalty=0.0),
+        Sampling(logit_bias={100: 1.0}),
+        Sampling(stop_token_ids=(-1,)),
+        Sampling(logprobs=21),
+        Sampling(stop=("",)),
+        Sampling(min_tokens=300),
+    ],
+)
+def test_sampling_out_of_range_is_refused_at_admission(
+    port: LanePort, sampling: Sampling
+) -> None:
+    (reply,) = port.admit((Request(request_id=RequestId("a"), prompt=(1,), sampling=sampling),))
+    assert reply.field.startswith("sampling.")
+    assert not reply.retry_can_help
+
+
 def test_draining_refuses_new_requests_and_finishes_old_ones(port: LanePort) -> None:
     port.admit((request("a", max_tokens=1),))
     port.drain()
