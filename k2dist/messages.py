@@ -15,7 +15,7 @@ from k2dist.ids import Generation, LaneId, PageId, RequestId, SeqId
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all messages. Subclasses repeat `frozen` and `kw_only`: msgspec inherits neither for new fields."""
+    """Base of all messages. Subclasses repeat `frozen` and `kw_only`, which msgspec does not hand down."""
 
 
 class FinishReason(enum.StrEnum):
@@ -187,7 +187,7 @@ class LiveOutput(Message, frozen=True, kw_only=True):
 
 
 class LiveRequest(Message, frozen=True, kw_only=True):
-    """What a lane knows of a request until `retain_s` after its end; coordinators rebuild their log from it."""
+    """What a lane knows of a request, until `retain_s` after its end: a coordinator can rebuild its log."""
 
     request: Request
     outputs: tuple[LiveOutput, ...]

@@ -1,0 +1,16 @@
+"""The command `k2dist`. The environment is read here alone, and errors become lines and exit codes.
+
+Exit codes: 0 success, 1 failure, 2 bad usage, 130 ended by Ctrl-C.
+"""
+
+from k2dist.cli.environment import prepare_environment
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """What the console script runs."""
+    prepare_environment()
+    from k2dist.cli.app import run  # imports ray, which looks at the environment then
+
+    run()

@@ -25,7 +25,9 @@ class ParallelConfig(Message, frozen=True, kw_only=True):
 
     lanes: Count  # batches side by side; more: more cache and throughput, the weights of attention once each
     tp: Count  # ranks that share a lane's attention; more: less memory a rank, a reduction more per layer
-    expert_only_ranks: Annotated[int, Meta(ge=0)] = 0  # hold experts and serve no lane: memory for weights only
+    expert_only_ranks: Annotated[int, Meta(ge=0)] = (
+        0  # hold experts and serve no lane: memory for weights only
+    )
 
     @property
     def world_size(self) -> int:
@@ -51,7 +53,7 @@ class SchedulerConfig(Message, frozen=True, kw_only=True):
 class RanksConfig(Message, frozen=True, kw_only=True):
     """What one rank takes of a machine. Ray counts these; it does not enforce them."""
 
-    rank_cpus: Annotated[float, Meta(ge=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
+    rank_cpus: Annotated[float, Meta(gt=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
     rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
     # pack: as few nodes as hold them; spread: over many; strict_*: so or not at all.
@@ -92,7 +94,9 @@ class RayConfig(Message, frozen=True, kw_only=True):
 class ServiceConfig(Message, frozen=True, kw_only=True):
     """The coordinator and its gRPC server."""
 
-    grpc: str = "127.0.0.1:50051"  # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network
+    grpc: str = (
+        "127.0.0.1:50051"  # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network
+    )
     max_queued: Count = 1024  # requests not yet accepted; more: fewer refusals, longer waits
     queue_s: Seconds = 60.0  # how long one may wait to be accepted before it is refused
     retain_s: Seconds = 60.0  # how long an ended request can be resumed; longer: more memory
@@ -103,9 +107,15 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
     parallel: ParallelConfig
-    model: str | None = None  # model directory, unless the command line names one; relative to where it is run
-    kernels: Literal["auto", "reference"] = "auto"  # auto: the fastest set this machine has; reference: plain torch
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the residual stream; float32: slow, for comparisons
+    model: str | None = (
+        None  # model directory, unless the command line names one; relative to where it is run
+    )
+    kernels: Literal["auto", "reference"] = (
+        "auto"  # auto: the fastest set this machine has; reference: plain torch
+    )
+    dtype: Literal["bfloat16", "float32"] = (
+        "bfloat16"  # of the residual stream; float32: slow, for comparisons
+    )
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     ranks: RanksConfig = RanksConfig()
@@ -123,8 +133,8 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
     scheduler, deadlines = config.scheduler, config.deadlines
     if scheduler.step_tokens < scheduler.max_running:
         yield (
-            f"scheduler.step_tokens={scheduler.step_tokens}: every running sequence may need a row in each step; "
-            f"use at least max_running={scheduler.max_running}, or lower that"
+            f"scheduler.step_tokens={scheduler.step_tokens}: every running sequence may need a row in each "
+            f"step; use at least max_running={scheduler.max_running}, or lower that"
         )
     if scheduler.chunk_tokens > scheduler.step_tokens:
         yield (
@@ -137,7 +147,10 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
             f"{3 * deadlines.lease_beat_s:g}, three times lease_beat_s"
         )
     if split_address(config.service.grpc) is None:
-        yield f"service.grpc={config.service.grpc!r}: use host:port with a port from 0 to {MAX_PORT}, such as 127.0.0.1:50051"
+        yield (
+            f"service.grpc={config.service.grpc!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
+            f"127.0.0.1:50051"
+        )
     if not config.network.address:
         yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"
 

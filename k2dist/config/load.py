@@ -23,14 +23,16 @@ def load_cluster(path: Path) -> ClusterConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a cluster YAML, see cluster_configs/") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give a cluster YAML, see cluster_configs/"
+        ) from error
     return parse_cluster(text, str(path))
 
 
 def parse_cluster(text: str, source: str) -> ClusterConfig:
     """As `load_cluster`, of YAML text; `source` names it in errors."""
     try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506: a SafeLoader
+        document = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):

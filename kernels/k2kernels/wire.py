@@ -24,7 +24,9 @@ def pack(x_TD: Tensor, block: int | None) -> Tensor:
     if block is None:
         return x_TD
     rows = act_quant.reference(x_TD, block)
-    return torch.cat((rows.q_TK.view(torch.uint8), rows.scale_Tk.contiguous().view(torch.uint8)), dim=1)
+    # A fresh tensor: contiguous() lets one without rows keep strides that cannot be viewed as bytes.
+    scale_Tk = torch.empty(rows.scale_Tk.shape, device=x_TD.device).copy_(rows.scale_Tk)
+    return torch.cat((rows.q_TK.view(torch.uint8), scale_Tk.view(torch.uint8)), dim=1)
 
 
 def unpack(row_TW: Tensor, width: int, block: int | None) -> Tensor | QuantisedRows:

@@ -1,0 +1,45 @@
+"""The commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+import typer
+
+from k2dist.cli.chat import chat
+from k2dist.cli.demo import demo
+from k2dist.cli.serve import serve
+from k2dist.cli.stop import stop
+from k2dist.errors import K2Error, UsageError
+
+app = typer.Typer(
+    help="Serve Kimi-K2 on a Ray cluster, or a small model of its kind on a laptop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(serve)
+app.command()(chat)
+app.command()(stop)
+
+
+def run() -> None:
+    """Run the command line. A K2Error becomes lines on stderr, or data on stdout with --json."""
+    try:
+        app()
+    except K2Error as error:
+        sys.exit(_report(error, as_json="--json" in sys.argv[1:]))
+
+
+def _report(error: K2Error, *, as_json: bool) -> int:
+    """Say what went wrong; one line per fault. Returns the exit code."""
+    exit_code = 2 if isinstance(error, UsageError) else 1
+    if as_json:
+        kind = type(error).__name__
+        print(msgspec.json.encode({"error": {"kind": kind, "message": str(error)}}).decode(), flush=True)
+    else:
+        for line in str(error).splitlines():
+            print(f"k2dist: error: {line}", file=sys.stderr, flush=True)
+    return exit_code

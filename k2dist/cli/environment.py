@@ -1,0 +1,25 @@
+"""All that k2dist takes from the environment, and all that it sets there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+RAY_ADDRESS = "RAY_ADDRESS"  # of a Ray to join; without it k2dist starts one
+_RAY_AUTH_MODE = "RAY_AUTH_MODE"
+
+
+def prepare_environment() -> None:
+    """Before ray is imported: what a driver needs that joins a Ray of our own (`cluster.ray_host`)."""
+    if ray_address() is None:
+        os.environ.setdefault(_RAY_AUTH_MODE, "token")
+
+
+def ray_address() -> str | None:
+    return os.environ.get(RAY_ADDRESS) or None
+
+
+def records_dir() -> Path:
+    """Where this user's running clusters are noted."""
+    return Path(tempfile.gettempdir()) / f"k2dist-{os.getuid()}"

@@ -1,0 +1,68 @@
+"""What `serve` and `demo` share: a cluster that is up, noted, and gone when its command ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from k2dist.cli.environment import ray_address, records_dir
+from k2dist.cli.progress import StartProgress
+from k2dist.cluster.record import ClusterRecord, remove_record, write_record
+from k2dist.cluster.start import Cluster, start_cluster
+from k2dist.cluster.status import ClusterStatus
+from k2dist.cluster.world import World
+from k2dist.service.coordinator_actor import CoordinatorActor
+
+
+@contextmanager
+def launched(
+    world: World, progress: StartProgress, *, is_detached: bool
+) -> Iterator[tuple[Cluster, ClusterStatus]]:
+    """A serving cluster. SIGTERM and SIGHUP end it as Ctrl-C does: as KeyboardInterrupt, in order."""
+    address, name = ray_address(), world.config.name
+    progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
+    with (
+        interrupts(),
+        start_cluster(world, CoordinatorActor, ray_address=address, is_detached=is_detached) as cluster,
+    ):
+        interrupts_again()  # Ray has set its own meanwhile
+        try:
+            status = cluster.await_serving(progress.show)
+            record = ClusterRecord(
+                name=name,
+                ray_address=cluster.ray_address,
+                grpc=status.address,
+                is_detached=is_detached,
+                host=cluster.host.process if cluster.host is not None else None,
+            )
+            write_record(records_dir(), record)
+            yield cluster, status
+        finally:
+            if not cluster.is_left_running:
+                remove_record(records_dir(), name)
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP are KeyboardInterrupt, until the end of the context."""
+    before = {number: signal.getsignal(number) for number in _ENDS}
+    interrupts_again()
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def interrupts_again() -> None:
+    for number in _ENDS:
+        signal.signal(number, _interrupt)
+
+
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

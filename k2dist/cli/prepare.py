@@ -1,0 +1,67 @@
+"""All that can be found wrong before a process is started: config, model files, layout, port."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from k2dist.cluster.world import World, plan_world
+from k2dist.config import read_architecture
+from k2dist.config.cluster import ClusterConfig, faults_between, split_address
+from k2dist.errors import CapacityError, ConfigError
+from k2dist.parallel import shard_plan
+from k2dist.text import Tokenizer
+
+
+def prepare_world(config: ClusterConfig, model_dir: Path | None, grpc: str | None, *, is_here: bool) -> World:
+    """The plan of a cluster, checked. `model_dir` and `grpc` of the command line win over the config's.
+
+    `is_here`: its coordinator will run on this machine, so the port must be free here. Errors: ConfigError,
+    CheckpointError, LayoutError, CapacityError.
+    """
+    if grpc is not None:
+        config = replace(config, service=replace(config.service, grpc=grpc))
+        faults = list(faults_between(config))
+        if faults:
+            raise ConfigError("\n".join(f"--grpc: {fault}" for fault in faults))
+    if model_dir is None:
+        if config.model is None:
+            raise ConfigError("model: the config names no model directory; give one with --model")
+        model_dir = Path(config.model)
+    world = plan_world(config, model_dir)
+    if is_here:
+        check_port(config.service.grpc)
+    _check_model(world)
+    return world
+
+
+def check_port(address: str) -> None:
+    """CapacityError if nobody could listen there. Another may still come first; then the server says so."""
+    parts = split_address(address)
+    assert parts is not None, "the config was checked"
+    host, port = parts
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: connections of one that has ended, in TIME_WAIT, are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CapacityError(
+                f"service.grpc={address}: cannot listen there ({error.strerror}); is another k2dist running? "
+                "End it with `k2dist stop`, or give another address with --grpc, such as 127.0.0.1:0"
+            ) from error
+
+
+def _check_model(world: World) -> None:
+    """Headers and names of every file against what each rank will read; ranks read the bytes, later."""
+    from k2dist.checkpoint import CheckpointFiles  # with torch: not for `stop` and `chat`
+
+    model_dir = Path(world.model_dir)
+    architecture = read_architecture(model_dir)
+    Tokenizer.load(model_dir)
+    with CheckpointFiles(model_dir) as files:
+        for place in world.layout.ranks:
+            files.check(shard_plan(architecture, world.layout, place.world_rank))

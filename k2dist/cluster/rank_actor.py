@@ -1,0 +1,171 @@
+"""One rank in a process of its own: a Ray actor round `engine.RankRuntime`.
+
+The supervisor drives it: `load`, `join`, `run`, one after the other in the actor's default thread. All other
+methods answer meanwhile, in the threads of the groups that `THREADS` names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+
+from k2dist.cluster.world import Rendezvous, World
+from k2dist.errors import UnavailableError
+from k2dist.ids import RequestId, WorldRank
+from k2dist.messages import AdmitReply, EventBatch, LaneLoad, LiveRequest, Message, Request
+
+if TYPE_CHECKING:  # torch comes with these, and reads its number of threads when it is imported
+    from k2dist.engine import LanePort, RankRuntime, RankStats
+
+# Threads of each concurrency group, besides the default one. A long poll holds one of "events" for seconds;
+# one poll at a time is served, and those that a dead coordinator left behind.
+THREADS = {"control": 2, "bell": 1, "events": 4}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _in_group(name: str) -> Callable[[F], F]:
+    """Ray's decorator, with a type: the method runs in the threads of concurrency group `name`."""
+    decorator: Callable[[F], F] = ray.method(concurrency_group=name)
+    return decorator
+
+
+class RankProcess(Message, frozen=True, kw_only=True):
+    """Where a rank's process is."""
+
+    node: str
+    pid: int
+
+
+class RankActor:
+    """See the module. `world_rank` of `world`; nothing is read before `load`."""
+
+    def __init__(self, world: World, world_rank: WorldRank) -> None:
+        _set_threads(world.config.ranks.threads)
+        self._world = world
+        self._world_rank = world_rank
+        self._runtime: RankRuntime | None = None
+        self._num_bytes_loaded = (0, 0)
+
+    # -- one after the other ---------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read this rank's own bytes. Errors: CheckpointError."""
+        from k2dist.cluster.rank_spec import rank_spec
+        from k2dist.engine import RankRuntime
+
+        runtime = RankRuntime(rank_spec(self._world, self._world_rank))
+        runtime.load(self._note_progress)
+        self._runtime = runtime
+
+    def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
+        """Become a member of all groups of a generation; `peers` are all rank actors. Errors: PeerError."""
+        from k2dist.cluster.groups import join_groups
+
+        config = self._world.config
+        comms = join_groups(
+            meeting,
+            self._world.layout,
+            self._world_rank,
+            address=listen_address(config.network.address),
+            deadlines=config.deadlines,
+        )
+        self._loaded().join(comms, _ActorBells(peers), meeting.generation)
+
+    def run(self) -> None:
+        """Step until `stop`. Errors: PeerError, FencedError; what the lane had open has then failed."""
+        self._loaded().run()
+
+    # -- at any time -----------------------------------------------------------------------------------
+
+    @_in_group("control")
+    def process(self) -> RankProcess:
+        return RankProcess(node=ray.util.get_node_ip_address(), pid=os.getpid())
+
+    @_in_group("control")
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the shard that are loaded, and in all; (0, 0) before the first."""
+        return self._num_bytes_loaded
+
+    @_in_group("control")
+    def stats(self) -> RankStats:
+        return self._loaded().stats()
+
+    @_in_group("control")
+    def stop(self) -> None:
+        """Leave the step loop with all other ranks; does not wait for it."""
+        self._loaded().stop()
+
+    @_in_group("control")
+    def fence(self) -> None:
+        self._loaded().fence()
+
+    @_in_group("bell")
+    def ring(self, epoch: int) -> None:
+        self._loaded().ring(epoch)
+
+    # -- of a lane's first rank ------------------------------------------------------------------------
+
+    @_in_group("control")
+    def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
+        return self._port().admit(requests)
+
+    @_in_group("control")
+    def cancel(self, ids: tuple[RequestId, ...]) -> None:
+        self._port().cancel(ids)
+
+    @_in_group("events")
+    def events(self, after: int, timeout_s: float) -> EventBatch:
+        return self._port().events(after, timeout_s)
+
+    @_in_group("control")
+    def live(self) -> tuple[LiveRequest, ...]:
+        return self._port().live()
+
+    @_in_group("control")
+    def lane_load(self) -> LaneLoad:
+        return self._port().load()
+
+    @_in_group("control")
+    def drain(self) -> None:
+        self._port().drain()
+
+    # --------------------------------------------------------------------------------------------------
+
+    def _loaded(self) -> RankRuntime:
+        if self._runtime is None:
+            raise UnavailableError(f"world rank {self._world_rank} has not loaded its weights")
+        return self._runtime
+
+    def _port(self) -> LanePort:
+        port = self._loaded().port
+        assert port is not None, f"world rank {self._world_rank} is not the first of a lane"
+        return port
+
+    def _note_progress(self, num_bytes_loaded: int, num_bytes: int) -> None:
+        self._num_bytes_loaded = (num_bytes_loaded, num_bytes)
+
+
+class _ActorBells:
+    """Doorbells of ranks that are actors. A ring that is lost with its actor is seen by the supervisor."""
+
+    def __init__(self, peers: Sequence[Any]) -> None:
+        self._peers = tuple(peers)
+
+    def ring_all(self, epoch: int) -> None:
+        for peer in self._peers:
+            peer.ring.remote(epoch)
+
+
+def listen_address(configured: str) -> str:
+    """`network.address` for this process: as it stands, or the one by which Ray knows this node."""
+    return ray.util.get_node_ip_address() if configured == "node" else configured
+
+
+def _set_threads(threads: int) -> None:
+    """Before torch is imported: OpenMP and MKL look at this once."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)

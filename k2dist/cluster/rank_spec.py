@@ -1,0 +1,28 @@
+"""What the cluster's plan says of one rank, in the engine's terms."""
+
+from __future__ import annotations
+
+from k2dist.cluster.world import World
+from k2dist.engine import RankSpec
+from k2dist.ids import WorldRank
+from k2dist.scheduler import Limits
+
+
+def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
+    config = world.config
+    return RankSpec(
+        model_dir=world.model_dir,
+        layout=world.layout,
+        world_rank=world_rank,
+        page_tokens=config.cache.page_tokens,
+        num_pages=config.cache.num_pages,
+        limits=Limits(
+            step_tokens=config.scheduler.step_tokens,
+            chunk_tokens=config.scheduler.chunk_tokens,
+            max_running=config.scheduler.max_running,
+            max_waiting=config.scheduler.max_waiting,
+        ),
+        kernels=config.kernels,
+        dtype=config.dtype,
+        retain_s=config.service.retain_s,
+    )

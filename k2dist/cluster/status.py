@@ -1,0 +1,33 @@
+"""A running cluster as its supervisor reports it."""
+
+from __future__ import annotations
+
+from k2dist.ids import Generation, WorldRank
+from k2dist.messages import Message
+
+
+class RankStatus(Message, frozen=True, kw_only=True):
+    """One rank: its state in the supervision table, and how far its load is."""
+
+    world_rank: WorldRank
+    state: str
+    node: str = ""  # address of its node, once it has a process
+    pid: int = 0
+    num_bytes_loaded: int = 0
+    num_bytes: int = 0  # of its shard; 0: not known yet
+
+
+class ClusterStatus(Message, frozen=True, kw_only=True):
+    """`revision` grows with every change. `address` is where the service listens, empty while it does not."""
+
+    revision: int
+    phase: str
+    generation: Generation
+    ranks: tuple[RankStatus, ...]
+    address: str = ""
+    reason: str = ""  # why it ends, once it does
+    is_failure: bool = False  # it ends for another reason than a request to
+
+    @property
+    def has_ended(self) -> bool:
+        return self.phase == "stopped"

@@ -1,0 +1,305 @@
+"""The supervisor: one actor that carries out what the supervision table decides, and decides nothing itself.
+
+    event ──> advance(table, event, now) ──> actions ──> Ray calls ──> events ...
+                                                └── status: to whoever watches
+
+It is detached and outlives its driver; the lease in the table is what ends it then. When the world has
+stopped, it ends itself. One event loop, so the table needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from k2dist.cluster.placement import await_bundles, release, reserve
+from k2dist.cluster.rank_actor import listen_address
+from k2dist.cluster.rank_processes import RankProcesses
+from k2dist.cluster.service_process import Service, ServiceProcess
+from k2dist.cluster.status import ClusterStatus, RankStatus
+from k2dist.cluster.world import Rendezvous, World
+from k2dist.errors import K2Error
+from k2dist.ids import Generation
+from k2dist.supervision import (
+    Action,
+    Beat,
+    Begin,
+    CloseService,
+    CreatePlacement,
+    Deadlines,
+    Drained,
+    DrainService,
+    Event,
+    Failed,
+    JoinGeneration,
+    KillRank,
+    LoadRank,
+    OpenService,
+    Phase,
+    Placed,
+    PlacementFailed,
+    RankState,
+    Removed,
+    RemovePlacement,
+    Report,
+    RunRank,
+    StartRank,
+    StopRank,
+    StopRequested,
+    Tick,
+    advance,
+    first_table,
+)
+
+NAME = "supervisor"
+_PROGRESS_S = 0.25  # how often a loading rank is asked how far it is
+_LAST_WORDS_S = 2.0  # between the end and the end of this process: for watchers to read the last status
+_log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """See the module. A Ray actor's class; call `begin` once."""
+
+    def __init__(self, world: World, service: type[Service], *, has_lease: bool) -> None:
+        self._world = world
+        self._table = first_table(
+            world.layout.world_size, _deadlines(world), has_lease=has_lease, now_s=time.monotonic()
+        )
+        self._ranks = RankProcesses(world)
+        self._service = ServiceProcess(world, service)
+        self._group: PlacementGroup | None = None
+        self._store: Any = None  # torch's TCPStore of this generation; it serves while it is held
+        self._meeting: asyncio.Task[Rendezvous] | None = None
+        self._address = ""
+        self._service_error = ""
+        self._revision = 0
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- what drivers call -----------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Build the world; `wait` tells how it goes."""
+        self._take(Begin())
+
+    async def beat(self) -> None:
+        """The driver lives."""
+        self._take(Beat())
+
+    async def stop(self, reason: str) -> None:
+        """End the world: drain, stop, remove. Does not wait for it."""
+        self._take(StopRequested(reason))
+
+    async def status(self) -> ClusterStatus:
+        return ClusterStatus(
+            revision=self._revision,
+            phase=self._table.phase.name.lower(),
+            generation=self._table.generation,
+            ranks=tuple(self._rank_status(row.world_rank, row.state) for row in self._table.ranks),
+            address=self._address,
+            reason=self._service_error or self._table.reason,
+            is_failure=self._table.is_failure or bool(self._service_error),
+        )
+
+    async def wait(self, revision: int, timeout_s: float) -> ClusterStatus:
+        """The status once it is newer than `revision`, or as it is after `timeout_s`."""
+        if self._revision <= revision:
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+            except TimeoutError:
+                return await self.status()
+        return await self.status()
+
+    async def rank_stats(self) -> tuple[Any, ...]:
+        """`engine.RankStats` of every rank."""
+        return await self._ranks.stats()
+
+    # -- the table -------------------------------------------------------------------------------------
+
+    def _take(self, event: Event) -> None:
+        self._table, actions = advance(self._table, event, time.monotonic())
+        for action in actions:
+            self._carry_out(action)
+        self._set_timer()
+        if not isinstance(event, Beat | Tick) or actions:
+            self._note_change()
+        if self._table.phase is Phase.STOPPED and actions:
+            self._spawn(self._end())
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self._table.next_deadline()
+        self._timer = None
+        if deadline is not None:
+            delay_s = max(deadline[1] - time.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._take, Tick())
+
+    def _note_change(self) -> None:
+        self._revision += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # -- actions ---------------------------------------------------------------------------------------
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case CreatePlacement():
+                self._spawn(self._place())
+            case StartRank():
+                assert self._group is not None
+                self._ranks.create(action, self._group)
+                self._spawn_event(self._ranks.start(action))
+                if action.world_rank == self._world.layout.world_size - 1:
+                    self._service.create(self._ranks.lanes())
+            case LoadRank():
+                self._spawn_event(self._ranks.load(action))
+                self._spawn(self._follow_load(action))
+            case JoinGeneration():
+                self._spawn(self._join(action))
+            case RunRank():
+                self._spawn_event(self._ranks.run(action))
+            case OpenService():
+                self._spawn(self._open_service())
+            case DrainService(until_s):
+                self._spawn(self._drain(until_s))
+            case CloseService():
+                self._address = ""
+                self._spawn(self._service.close())
+            case StopRank(world_rank):
+                self._ranks.stop(world_rank)
+            case KillRank(world_rank):
+                self._ranks.kill(world_rank)
+            case RemovePlacement():
+                self._spawn(self._remove())
+            case Report(name, detail, world_rank, is_error):
+                level = logging.ERROR if is_error else logging.INFO
+                _log.log(level, "%s world_rank=%s %s", name, world_rank, detail)
+
+    async def _place(self) -> None:
+        try:
+            self._group = reserve(self._world)
+            await asyncio.to_thread(await_bundles, self._group, self._world)
+        except K2Error as error:
+            self._take(PlacementFailed(str(error)))
+        else:
+            self._take(Placed())
+
+    async def _follow_load(self, action: LoadRank) -> None:
+        """Keep the status up to date while the rank loads."""
+        rank = action.world_rank
+        while self._table.ranks[rank].state is RankState.LOADING:
+            before = self._ranks.progress.get(rank)
+            await self._ranks.ask_progress(rank)
+            if self._ranks.progress.get(rank) != before:
+                self._note_change()
+            await asyncio.sleep(_PROGRESS_S)
+
+    async def _join(self, action: JoinGeneration) -> None:
+        """The first rank's turn hosts the generation's store; all join over it."""
+        if self._meeting is None:
+            self._meeting = asyncio.create_task(self._host_store(action.generation))
+        try:
+            meeting = await self._meeting
+        except K2Error as error:
+            self._take(Failed(action.world_rank, action.incarnation, str(error)))
+            return
+        self._take(await self._ranks.join(action, meeting))
+
+    async def _host_store(self, generation: Generation) -> Rendezvous:
+        address = listen_address(self._world.config.network.address)
+        self._store, meeting = await asyncio.to_thread(_host_store, generation, address)
+        return meeting
+
+    async def _open_service(self) -> None:
+        """A service that cannot open, or dies, ends the world; the table has no row for it yet."""
+        try:
+            self._address = await self._service.open()
+        except K2Error as error:
+            self._end_without_service(error)
+            return
+        self._note_change()
+        trouble = await self._service.watch()
+        if self._table.phase <= Phase.RUNNING:
+            self._end_without_service(trouble)
+
+    def _end_without_service(self, error: K2Error) -> None:
+        self._service_error = str(error)
+        self._take(StopRequested(self._service_error))
+
+    async def _drain(self, until_s: float) -> None:
+        await self._service.drain(max(until_s - time.monotonic(), 0.0))
+        self._take(Drained())
+
+    async def _remove(self) -> None:
+        if self._group is not None:
+            await asyncio.to_thread(release, self._group)
+        self._store = None
+        self._take(Removed())
+
+    async def _end(self) -> None:
+        """Nothing is left but this process."""
+        others = self._tasks - {asyncio.current_task()}
+        await asyncio.wait(others, timeout=_LAST_WORDS_S) if others else None
+        await asyncio.sleep(_LAST_WORDS_S)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    # --------------------------------------------------------------------------------------------------
+
+    def _rank_status(self, world_rank: Any, state: RankState) -> RankStatus:
+        process = self._ranks.processes.get(world_rank)
+        num_bytes_loaded, num_bytes = self._ranks.progress.get(world_rank, (0, 0))
+        return RankStatus(
+            world_rank=world_rank,
+            state=state.value,
+            node=process.node if process else "",
+            pid=process.pid if process else 0,
+            num_bytes_loaded=num_bytes_loaded,
+            num_bytes=num_bytes,
+        )
+
+    def _spawn_event(self, call: Coroutine[Any, Any, Event]) -> None:
+        async def report() -> None:
+            self._take(await call)
+
+        self._spawn(report())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_done)
+
+    def _note_done(self, task: asyncio.Task[Any]) -> None:
+        """A bug here must not leave a world that nobody watches."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("supervisor.bug", exc_info=error)
+            self._service_error = f"a bug in the supervisor: {type(error).__name__}: {error}"
+            self._take(StopRequested(self._service_error))
+
+
+def _host_store(generation: Generation, address: str) -> tuple[Any, Rendezvous]:
+    """The store, and how ranks find it. Torch is imported here: no earlier, and not on the event loop."""
+    from k2dist.comm import host_store
+
+    store = host_store(address)
+    return store, Rendezvous(generation=generation, host=address, port=store.port)
+
+
+def _deadlines(world: World) -> Deadlines:
+    given = world.config.deadlines
+    return Deadlines(
+        start_s=given.start_s,
+        load_s=given.load_s,
+        join_s=given.join_s,
+        drain_s=given.drain_s,
+        stop_s=given.stop_s,
+        lease_s=given.lease_s,
+    )

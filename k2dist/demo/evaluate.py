@@ -1,0 +1,221 @@
+"""Ask the demo model held-out questions and count right calls and right answers.
+
+    python -m k2dist.demo.evaluate --address HOST:PORT     through a running cluster's gRPC
+    python -m k2dist.demo.evaluate --model DIR             the checkpoint dequantised, in transformers
+
+Cities, numbers and phrasings are of the fifth that training never saw (`names.is_held_out`). A conversation
+goes as a client's would: the question, the model's own call, the tool's result, the model's answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from k2dist.demo import corpus, names, phrases, tools
+from k2dist.demo.phrases import phrasing
+from k2dist.demo.tools import Tool
+from k2dist.messages import ChatMessage, ToolCall
+from k2dist.text.tool_calls import Answer
+
+NUM_WEATHER, NUM_OTHERS = 200, 50
+
+
+class Chat(Protocol):
+    """The next assistant message of a conversation, greedy."""
+
+    def __call__(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question. `call` and `result`: the call that is wanted and what the tool says to it, or None."""
+
+    kind: str
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...]
+    wanted: str  # what the answer in words must hold
+    call: tuple[str, dict[str, Any]] | None = None
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`is_called`: exactly the wanted call, None where none is wanted. `answers`: the model's messages."""
+
+    case: Case
+    is_called: bool | None
+    is_answered: bool
+    answers: tuple[Answer, ...]
+
+
+def held_out_cases(
+    seed: int = 0, *, num_weather: int = NUM_WEATHER, num_others: int = NUM_OTHERS
+) -> tuple[Case, ...]:
+    """`num_weather` weather questions about real cities, and `num_others` of every other kind."""
+    rng = Random(seed)
+    cases = [weather_case(rng) for _ in range(num_weather)]
+    for make in (time_case, add_case, sum_case, capital_case, repeat_case, who_case, unknown_case):
+        cases += [make(rng) for _ in range(num_others)]
+    return tuple(cases)
+
+
+def weather_case(rng: Random) -> Case:
+    city = names.city(rng, held_out=True, real_share=1.0)
+    question = phrasing(rng, phrases.WEATHER, held_out=True).format(city=city)
+    result, degrees, _ = tools.weather_result(rng, city, held_out=True)
+    return _tool_case(rng, "weather", question, ("get_weather", {"city": city}), result, degrees)
+
+
+def time_case(rng: Random) -> Case:
+    city = names.city(rng, held_out=True, real_share=1.0)
+    question = phrasing(rng, phrases.TIME, held_out=True).format(city=city)
+    result, now, _ = tools.time_result(rng, city, held_out=True)
+    return _tool_case(rng, "time", question, ("get_time", {"city": city}), result, now)
+
+
+def add_case(rng: Random) -> Case:
+    a, b = corpus.draw_terms(rng, has_tool=True, held_out=True)
+    question = phrasing(rng, phrases.SUM, held_out=True).format(a=a, b=b)
+    result, total, _ = tools.sum_result(rng, a, b)
+    return _tool_case(rng, "add", question, ("add", {"a": a, "b": b}), result, total)
+
+
+def sum_case(rng: Random) -> Case:
+    a, b = corpus.draw_terms(rng, has_tool=False, held_out=True)
+    question = phrasing(rng, phrases.SUM, held_out=True).format(a=a, b=b)
+    return _plain_case(rng, "sum, no tool", question, f"is {a + b}.")
+
+
+def capital_case(rng: Random) -> Case:
+    country = rng.choice(tuple(names.CAPITALS))
+    question = phrasing(rng, phrases.CAPITAL, held_out=True).format(country=country)
+    return _plain_case(rng, "capital", question, names.CAPITALS[country])
+
+
+def repeat_case(rng: Random) -> Case:
+    text = corpus.draw_text(rng, held_out=True)
+    return _plain_case(rng, "repeat", phrasing(rng, phrases.REPEAT, held_out=True).format(text=text), text)
+
+
+def who_case(rng: Random) -> Case:
+    return _plain_case(rng, "who are you", phrasing(rng, phrases.WHO, held_out=True), corpus.WHO)
+
+
+def unknown_case(rng: Random) -> Case:
+    return _plain_case(rng, "unknown", phrasing(rng, phrases.UNKNOWN, held_out=True), corpus.UNKNOWN)
+
+
+def _plain_case(rng: Random, kind: str, question: str, wanted: str) -> Case:
+    return Case(kind, (*_system(rng), ChatMessage(role="user", content=question)), (), wanted)
+
+
+def _tool_case(
+    rng: Random, kind: str, question: str, call: tuple[str, dict[str, Any]], result: str, wanted: str
+) -> Case:
+    chosen = [name for name in corpus.TOOL_NAMES if name == call[0] or rng.random() < 0.5]
+    messages = (*_system(rng), ChatMessage(role="user", content=question))
+    return Case(kind, messages, corpus.draw_tools(rng, chosen), wanted, call, result)
+
+
+def _system(rng: Random) -> tuple[ChatMessage, ...]:
+    if rng.random() < 0.7:
+        return ()
+    return (ChatMessage(role="system", content="You are a helpful assistant."),)
+
+
+def judge_call(case: Case, answer: Answer) -> bool:
+    """Whether the answer is the wanted call and no other: name and arguments, as JSON."""
+    if case.call is None or len(answer.tool_calls) != 1:
+        return False
+    call = answer.tool_calls[0]
+    return call.name == case.call[0] and parsed_arguments(call) == case.call[1]
+
+
+def parsed_arguments(call: ToolCall) -> object:
+    """A call's arguments as JSON; None for what is not JSON."""
+    if not isinstance(call.arguments, str):
+        return call.arguments
+    try:
+        return json.loads(call.arguments)
+    except ValueError:
+        return None
+
+
+def judge_answer(case: Case, answer: Answer) -> bool:
+    """Whether the answer is in words and holds what is wanted."""
+    return not answer.tool_calls and case.wanted in answer.content
+
+
+def run_case(case: Case, chat: Chat) -> Outcome:
+    """Put one case to the model. Where a call is wanted and none comes, there is no answer either."""
+    first = chat(case.messages, case.tools)
+    if case.call is None:
+        return Outcome(case, None, judge_answer(case, first), (first,))
+    if not first.tool_calls:
+        return Outcome(case, False, False, (first,))
+    call = first.tool_calls[0]
+    messages = (
+        *case.messages,
+        ChatMessage(role="assistant", content=first.content or None, tool_calls=first.tool_calls),
+        ChatMessage(role="tool", name=call.name, tool_call_id=call.id, content=case.result),
+    )
+    second = chat(messages, case.tools)
+    return Outcome(case, judge_call(case, first), judge_answer(case, second), (first, second))
+
+
+def run_cases(cases: Iterable[Case], chat: Chat, *, at_once: int = 1) -> tuple[Outcome, ...]:
+    """All outcomes, in the order of the cases; up to `at_once` conversations at a time."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return tuple(pool.map(lambda case: run_case(case, chat), cases))
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Shares of right calls and answers by kind of question, as text."""
+    lines = [f"{'held-out questions':<20}{'cases':>6}{'right call':>12}{'right answer':>14}"]
+    for kind in dict.fromkeys(outcome.case.kind for outcome in outcomes):
+        of_kind = [outcome for outcome in outcomes if outcome.case.kind == kind]
+        called = [outcome.is_called for outcome in of_kind if outcome.is_called is not None]
+        calls = f"{sum(called) / len(called):.1%}" if called else "-"
+        answers = f"{sum(outcome.is_answered for outcome in of_kind) / len(of_kind):.1%}"
+        lines.append(f"{kind:<20}{len(of_kind):>6}{calls:>12}{answers:>14}")
+    return "\n".join(lines)
+
+
+def failures(outcomes: Iterable[Outcome]) -> str:
+    """One line for each case that went wrong: the question and what the model wrote."""
+    lines = []
+    for outcome in outcomes:
+        if outcome.is_called is False or not outcome.is_answered:
+            said = " / ".join(_shown(answer) for answer in outcome.answers)
+            lines.append(f"{outcome.case.kind}: {outcome.case.messages[-1].content!r} -> {said}")
+    return "\n".join(lines)
+
+
+def _shown(answer: Answer) -> str:
+    return " ".join([answer.content, *(f"{call.name}{call.arguments}" for call in answer.tool_calls)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--weather", type=int, default=NUM_WEATHER)
+    parser.add_argument("--others", type=int, default=NUM_OTHERS)
+    options = parser.parse_args()
+    from k2dist.demo.offline import OfflineChat
+
+    chat = OfflineChat.load(options.model)
+    outcomes = run_cases(held_out_cases(num_weather=options.weather, num_others=options.others), chat)
+    print(failures(outcomes), file=sys.stderr)
+    print(table(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The demo's three tools: how clients declare them, what they answer, and what the model makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from k2dist.demo.names import is_held_out, number
+
+Tool = Mapping[str, Any]
+
+_DESCRIPTIONS = {
+    "get_weather": (
+        "Get weather",
+        "Get weather information. Call this tool when the user needs to get weather information",
+        "Get the weather in a city.", "Get the current weather", "Current weather of a city",
+    ),
+    "get_time": ("Get the local time", "Get the time in a city.", "Current local time of a city",
+    "Get time"),
+    "add": ("Add two numbers", "Add two numbers.", "Sum of two numbers", "Add a and b"),
+}  # fmt: skip
+_CITY = {"type": "string"}
+_CITY_DESCRIPTIONS = ("City name", "The city", "Name of the city")
+_OTHERS = {
+    "search": ("Search the web", "query"), "send_mail": ("Send a mail", "text"), "get_news": ("Get news",
+    "topic"),
+    "play_music": ("Play music", "title"), "translate": ("Translate text", "text"),
+}  # fmt: skip
+CONDITIONS = (
+    "sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear", "stormy", "humid", "partly cloudy",
+    "light rain", "overcast", "hazy", "dry", "heavy snow", "drizzle",
+)  # fmt: skip
+
+
+def declaration(name: str, rng: Random | None = None) -> Tool:
+    """The tool `name` as a client sends it; without `rng` in its plainest form."""
+    description = _DESCRIPTIONS[name][0] if rng is None else rng.choice(_DESCRIPTIONS[name])
+    if name == "add":
+        kind = "number" if rng is None else rng.choice(("number", "number", "integer"))
+        return _function(name, description, {"a": {"type": kind}, "b": {"type": kind}})
+    city: dict[str, str] = dict(_CITY)
+    if rng is not None and rng.random() < 0.4:
+        city["description"] = rng.choice(_CITY_DESCRIPTIONS)
+    return _function(name, description, {"city": city})
+
+
+def other_tool(rng: Random) -> Tool:
+    """A tool that no question of the corpus asks for."""
+    name = rng.choice(tuple(_OTHERS))
+    description, argument = _OTHERS[name]
+    return _function(name, description, {argument: {"type": "string"}})
+
+
+def _function(name: str, description: str, properties: Mapping[str, Any]) -> Tool:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
+
+
+def temperature(rng: Random, *, held_out: bool) -> str:
+    """Degrees as they stand in JSON: mostly whole, from -30 to 45, of one side of the split."""
+    if rng.random() < 0.85:
+        return str(number(rng, -30, 45, held_out=held_out))
+    while True:
+        text = f"{rng.uniform(-20, 40):.1f}"
+        if is_held_out(text) == held_out:
+            return text
+
+
+def clock(rng: Random, *, held_out: bool) -> str:
+    """A time of day, hours and minutes, of one side of the split."""
+    while True:
+        text = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
+        if is_held_out(text) == held_out:
+            return text
+
+
+def weather_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:
+    """A tool's answer, its number, and the assistant's words about it."""
+    degrees, condition = temperature(rng, held_out=held_out), rng.choice(CONDITIONS)
+    if rng.random() < 0.2:
+        body, has_condition = _weather_text(rng, city, degrees, condition)
+    else:
+        body, has_condition = _weather_json(rng, city, degrees, condition)
+    words = f"It is {degrees} degrees and {condition}" if has_condition else f"It is {degrees} degrees"
+    return body, degrees, f"{words} in {city}."
+
+
+def _weather_text(rng: Random, city: str, degrees: str, condition: str) -> tuple[str, bool]:
+    texts = (
+        (degrees, False), (f"{degrees} degrees", False), (f"{degrees} C", False),
+        (f"{degrees} degrees and {condition}", True), (f"{condition}, {degrees} C", True),
+        (f"{degrees} C, {condition}", True), (f"{city}: {degrees} C, {condition}", True),
+        (f"It is {degrees} degrees and {condition}.", True),
+    )  # fmt: skip
+    return rng.choice(texts)
+
+
+def _weather_json(rng: Random, city: str, degrees: str, condition: str) -> tuple[str, bool]:
+    value: object = float(degrees) if "." in degrees else int(degrees)
+    fields: list[tuple[str, object]] = [
+        (rng.choice(("temp", "temperature", "temperature_c", "temp_c", "degrees")), value)
+    ]
+    has_condition = rng.random() < 0.55
+    if has_condition:
+        fields.append((rng.choice(("condition", "weather", "sky")), condition))
+    if rng.random() < 0.2:
+        fields.append((rng.choice(("humidity", "wind_kmh", "wind")), rng.randint(0, 99)))
+    if rng.random() < 0.3:
+        rng.shuffle(fields)
+    if rng.random() < 0.45:
+        fields.insert(0, ("city", city))
+    return json.dumps(dict(fields), ensure_ascii=False), has_condition
+
+
+def time_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:
+    """As `weather_result`, for the time of day."""
+    now = clock(rng, held_out=held_out)
+    fields = {rng.choice(("time", "local_time", "now")): now}
+    if rng.random() < 0.4:
+        fields = {"city": city} | fields
+    body = now if rng.random() < 0.2 else json.dumps(fields, ensure_ascii=False)
+    return body, now, f"It is {now} in {city}."
+
+
+def sum_result(rng: Random, a: int, b: int) -> tuple[str, str, str]:
+    """As `weather_result`, for a sum."""
+    total = a + b
+    body = str(total) if rng.random() < 0.3 else json.dumps({rng.choice(("sum", "result", "total")): total})
+    return body, str(total), f"{a} + {b} is {total}."

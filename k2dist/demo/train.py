@@ -1,0 +1,190 @@
+"""Train the demo model.
+
+    python -m k2dist.demo.train --out DIR [--steps N]     resumes from DIR/state.pt where there is one
+
+Data: `corpus.conversations(seed)`, every batch new. Matrices by Muon, the rest by AdamW; warm-up, constant rate,
+then a linear fall to nothing over the last `FALL` of the steps. `--out` receives the vocabulary, the configs,
+train.log and at the end the block-FP8 checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from torch.nn import functional
+
+from k2dist.demo import corpus
+from k2dist.demo.batches import Batch, batches, encode, pad
+from k2dist.demo.induction import begin_with_copying_
+from k2dist.demo.muon import Muon
+from k2dist.demo.shape import write_configs
+from k2dist.demo.trainee import Trainee
+from k2dist.demo.vocabulary import count_pieces, learn_vocabulary, write_vocabulary
+from k2dist.text.tokenizer import VOCABULARY_FILE, Tokenizer
+
+WARM_UP_STEPS = 60
+FALL = 0.4  # the last part of the steps, in which the rate falls to 0
+MUON_RATE, ADAM_RATE = 0.01, 3e-3
+CLIP = 1.0
+BALANCE_RATE = 5e-4
+_STATE = "state.pt"
+
+
+@dataclass
+class Run:
+    """What a run consists of, all of it in `state.pt`."""
+
+    trainee: Trainee
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        part = path.with_suffix(".part")
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save({"model": self.trainee.state_dict(), "optimizers": states, "step": self.step}, part)
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.trainee.load_state_dict(state["model"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step = state["step"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-tokens", type=int, default=6144)
+    parser.add_argument("--max-tokens", type=int, default=400, help="longer conversations are left out")
+    parser.add_argument("--drills", type=float, default=0.0, help="share of copying drills among the rows")
+    parser.add_argument("--muon-rate", type=float, default=MUON_RATE)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--check-every", type=int, default=250)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    architecture = write_configs(options.out)
+    if not (options.out / VOCABULARY_FILE).exists():
+        write_vocabulary(options.out, learn_vocabulary(count_pieces(options.seed)))
+    tokenizer = Tokenizer.load(options.out)
+    dtype = torch.float32 if options.float32 else torch.bfloat16
+    trainee = Trainee(architecture, seed=options.seed, dtype=dtype)
+    begin_with_copying_(trainee, options.seed)
+    run = Run(trainee, optimizers(trainee, options.muon_rate))
+    if (options.out / _STATE).exists():
+        run.load(options.out / _STATE)
+    train(run, tokenizer, options)
+
+
+def optimizers(trainee: Trainee, muon_rate: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices inside the layers; AdamW for embedding, head, router and norms."""
+    matrices, rest = [], []
+    for key, param in trainee.weights.items():
+        is_plain = param.dim() == 1 or key.endswith(
+            ("embed_tokens/weight", "lm_head/weight", "mlp/gate/weight")
+        )
+        (rest if is_plain else matrices).append(param)
+    adam = torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = (Muon(matrices, lr=muon_rate, weight_decay=0.02), adam)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def rate_part(step: int, num_steps: int) -> float:
+    """The learning rate's share of its peak at `step`."""
+    left = (num_steps - step) / (num_steps * FALL)
+    return max(0.0, min(1.0, (step + 1) / WARM_UP_STEPS, left))
+
+
+def train(run: Run, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    # A resumed run draws other conversations than those it has seen.
+    seed = options.seed * 1_000_003 + run.step
+    source = batches(
+        tokenizer,
+        corpus.conversations(seed),
+        batch_tokens=options.batch_tokens,
+        max_tokens=options.max_tokens,
+        drill_share=options.drills,
+        seed=seed,
+    )
+    checks = {kind: list(held_out(tokenizer, kind, 100)) for kind in corpus.KINDS}
+    since_s, tokens, losses = time.monotonic(), 0, []
+    for batch in islice(source, options.steps - run.step):
+        losses.append(take_step(run, batch, rate_part(run.step, options.steps)))
+        tokens += int((batch.weight_BS > 0).sum())
+        run.step += 1
+        if run.step % options.log_every == 0:
+            spent_s = time.monotonic() - since_s
+            _log(
+                options.out,
+                f"step {run.step} loss {sum(losses) / len(losses):.4f} tokens/s {tokens / spent_s:.0f}",
+            )
+            since_s, tokens, losses = time.monotonic(), 0, []
+        if run.step % options.check_every == 0 or run.step == options.steps:
+            parts = (f"{kind} {exact_share(run.trainee, rows):.2f}" for kind, rows in checks.items())
+            _log(options.out, f"step {run.step} held out: {', '.join(parts)}")
+            run.save(options.out / _STATE)
+
+
+def take_step(run: Run, batch: Batch, rate: float) -> float:
+    """One update; the mean loss of the assistant's tokens."""
+    trainee = run.trainee
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+    trainee.train()
+    keep_BS = torch.zeros_like(batch.token_BS, dtype=torch.bool)
+    keep_BS[:, :-1] = batch.weight_BS[:, 1:] == 1.0
+    target = batch.token_BS[:, 1:][keep_BS[:, :-1]]
+    loss = functional.cross_entropy(trainee(batch.token_BS, keep_BS), target)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainee.parameters(), CLIP)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    trainee.balance_(BALANCE_RATE * rate)
+    return float(loss.detach())
+
+
+def held_out(tokenizer: Tokenizer, kind: str, num: int) -> Iterator[tuple[list[int], list[float]]]:
+    """Encoded held-out conversations of one kind."""
+    rng = Random(f"held out {kind}")
+    for _ in range(num):
+        yield encode(tokenizer, corpus.held_out_conversation(rng, kind))
+
+
+@torch.no_grad()
+def exact_share(trainee: Trainee, rows: list[tuple[list[int], list[float]]]) -> float:
+    """Share of conversations of which greedy decoding would write every assistant token as it stands."""
+    trainee.eval()
+    num_exact = 0
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    for start in range(0, len(ordered), 25):
+        token_BS, weight_BS = pad(ordered[start : start + 25])
+        is_wrong = trainee(token_BS).argmax(-1).view_as(token_BS)[:, :-1] != token_BS[:, 1:]
+        num_exact += int((~(is_wrong & (weight_BS[:, 1:] == 1.0)).any(1)).sum())
+    return num_exact / len(rows)
+
+
+def _log(out: Path, line: str) -> None:
+    print(line, flush=True)
+    with (out / "train.log").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
