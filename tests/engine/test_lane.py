@@ -171,9 +171,7 @@ def test_ids_outside_the_vocabulary_are_refused(port: LanePort) -> None:
         Sampling(min_tokens=300),
     ],
 )
-def test_sampling_out_of_range_is_refused_at_admission(
-    port: LanePort, sampling: Sampling
-) -> None:
+def test_sampling_out_of_range_is_refused_at_admission(port: LanePort, sampling: Sampling) -> None:
     (reply,) = port.admit((Request(request_id=RequestId("a"), prompt=(1,), sampling=sampling),))
     assert reply.field.startswith("sampling.")
     assert not reply.retry_can_help
