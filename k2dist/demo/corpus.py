@@ -199,7 +199,8 @@ def draw_text(rng: Random, *, held_out: bool) -> str:
 
 _PLAIN_WORDS = names.listed(
     "the a one two red blue green house tree hello world good day weather time city sum big small river road "
-    "bread water music light dog cat bird sun moon star book door window table hand I you we is are and or not"
+    "bread water music light dog cat bird sun moon star book door window table hand I you we is are and or "
+    "not"
 )
 
 

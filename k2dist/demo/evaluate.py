@@ -1,7 +1,7 @@
 """Ask the demo model held-out questions and count right calls and right answers.
 
-    python -m k2dist.demo.evaluate --address HOST:PORT     through a running cluster's gRPC
-    python -m k2dist.demo.evaluate --model DIR             the checkpoint dequantised, in transformers
+    python -m k2dist.demo.evaluate --address HOST:PORT    through a running cluster's gRPC
+    python -m k2dist.demo.evaluate [--model DIR]          in this process, with the same served arithmetic
 
 Cities, numbers and phrasings are of the fifth that training never saw (`names.is_held_out`). A conversation
 goes as a client's would: the question, the model's own call, the tool's result, the model's answer.
@@ -13,25 +13,19 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-from k2dist.demo import corpus, names, phrases, tools
+from k2dist.demo import MODEL_DIR, corpus, names, phrases, tools
+from k2dist.demo.chats import Chat, GrpcChat, LocalChat, Turn
 from k2dist.demo.phrases import phrasing
 from k2dist.demo.tools import Tool
 from k2dist.messages import ChatMessage, ToolCall
 from k2dist.text.tool_calls import Answer
 
 NUM_WEATHER, NUM_OTHERS = 200, 50
-
-
-class Chat(Protocol):
-    """The next assistant message of a conversation, greedy."""
-
-    def __call__(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Answer: ...
 
 
 @dataclass(frozen=True)
@@ -154,27 +148,39 @@ def judge_answer(case: Case, answer: Answer) -> bool:
     return not answer.tool_calls and case.wanted in answer.content
 
 
-def run_case(case: Case, chat: Chat) -> Outcome:
-    """Put one case to the model. Where a call is wanted and none comes, there is no answer either."""
-    first = chat(case.messages, case.tools)
-    if case.call is None:
-        return Outcome(case, None, judge_answer(case, first), (first,))
-    if not first.tool_calls:
-        return Outcome(case, False, False, (first,))
+def run_cases(cases: Sequence[Case], chat: Chat) -> tuple[Outcome, ...]:
+    """All outcomes, in the order of the cases: all questions at once, then all results of tools at once.
+
+    Where a call is wanted and none comes, there is no answer either; a wrong call is answered like a right one.
+    """
+    firsts = chat([Turn(case.messages, case.tools) for case in cases])
+    calling = [
+        (case, first)
+        for case, first in zip(cases, firsts, strict=True)
+        if case.call is not None and first.tool_calls
+    ]
+    seconds = iter(chat([Turn(_after_call(case, first), case.tools) for case, first in calling]))
+    outcomes: list[Outcome] = []
+    for case, first in zip(cases, firsts, strict=True):
+        if case.call is None:
+            outcomes.append(Outcome(case, None, judge_answer(case, first), (first,)))
+        elif not first.tool_calls:
+            outcomes.append(Outcome(case, False, False, (first,)))
+        else:
+            second = next(seconds)
+            is_answered = judge_answer(case, second)
+            outcomes.append(Outcome(case, judge_call(case, first), is_answered, (first, second)))
+    return tuple(outcomes)
+
+
+def _after_call(case: Case, first: Answer) -> tuple[ChatMessage, ...]:
+    """The conversation with the model's own call and the tool's result."""
     call = first.tool_calls[0]
-    messages = (
+    return (
         *case.messages,
-        ChatMessage(role="assistant", content=first.content or None, tool_calls=first.tool_calls),
+        ChatMessage(role="assistant", content=first.content or None, tool_calls=(call,)),
         ChatMessage(role="tool", name=call.name, tool_call_id=call.id, content=case.result),
     )
-    second = chat(messages, case.tools)
-    return Outcome(case, judge_call(case, first), judge_answer(case, second), (first, second))
-
-
-def run_cases(cases: Iterable[Case], chat: Chat, *, at_once: int = 1) -> tuple[Outcome, ...]:
-    """All outcomes, in the order of the cases; up to `at_once` conversations at a time."""
-    with ThreadPoolExecutor(at_once) as pool:
-        return tuple(pool.map(lambda case: run_case(case, chat), cases))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -204,15 +210,15 @@ def _shown(answer: Answer) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--weather", type=int, default=NUM_WEATHER)
-    parser.add_argument("--others", type=int, default=NUM_OTHERS)
+    parser = argparse.ArgumentParser(description="Put held-out questions to the demo model.")
+    parser.add_argument("--address", help="HOST:PORT of a running cluster; without it the model runs here")
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--weather", type=int, default=NUM_WEATHER, help="weather questions")
+    parser.add_argument("--others", type=int, default=NUM_OTHERS, help="questions of every other kind")
     options = parser.parse_args()
-    from k2dist.demo.offline import OfflineChat
-
-    chat = OfflineChat.load(options.model)
-    outcomes = run_cases(held_out_cases(num_weather=options.weather, num_others=options.others), chat)
+    cases = held_out_cases(num_weather=options.weather, num_others=options.others)
+    chat: Chat = GrpcChat(options.address) if options.address else LocalChat(options.model)
+    outcomes = run_cases(cases, chat)
     print(failures(outcomes), file=sys.stderr)
     print(table(outcomes))
 

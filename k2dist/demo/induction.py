@@ -1,8 +1,8 @@
 """Start a model with one induction circuit, so that a short training has copying to build on.
 
-Copying is most of what the demo does, and attention finds it late: small models sit for thousands of steps on a
-plateau, then learn it at once (Olsson et al. 2022, arXiv:2209.11895). These are only first weights, all of
-which training moves. Two heads, as in that paper:
+Copying is most of what the demo does, and attention finds it late: small models sit for thousands of steps
+on a plateau, then learn it at once (Olsson et al. 2022, arXiv:2209.11895). Without this start 300 steps gave
+no copying at all. These are only first weights, and training moves all of them. Two heads, as in that paper:
 
     layer 0, head 0   attends to the token before and writes what it was into the residual (subspace B)
     layer 1, head 0   looks for positions whose B matches the present token, and writes the token found there

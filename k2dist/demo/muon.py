@@ -1,5 +1,6 @@
-"""Muon: momentum whose update is made orthogonal, for matrices (Jordan et al. 2024; Liu et al. 2025,
-arXiv:2502.16982, which trained Kimi K2's kind of model with it). About twice as sample-efficient as AdamW here.
+"""Muon: momentum whose update is made orthogonal, for matrices.
+
+Source: K. Jordan 2024, "Muon"; Liu et al. 2025, arXiv:2502.16982 (Moonshot, for large models).
 """
 
 from __future__ import annotations

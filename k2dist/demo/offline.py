@@ -16,18 +16,15 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from k2dist.checkpoint import dequantise_block_fp8
-from k2dist.demo.tools import Tool
-from k2dist.messages import ChatMessage
+from k2dist.demo.chats import MAX_TOKENS, Turn, parse_answer
 from k2dist.parallel.published import SCALE_SUFFIX
 from k2dist.text.chat import encode_chat
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
-from k2dist.text.tool_calls import Answer, ToolCallParser, collect
-
-_MAX_TOKENS = 120
+from k2dist.text.tool_calls import Answer
 
 
 class OfflineChat:
-    """`evaluate.Chat` on transformers' DeepSeek-V3, greedy, in float32."""
+    """`chats.Chat` on transformers' DeepSeek-V3, greedy, in float32."""
 
     def __init__(self, model_dir: Path, tensors: Mapping[str, Tensor]) -> None:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -46,26 +43,21 @@ class OfflineChat:
             published |= load_file(path)
         return cls(model_dir, dequantised(published))
 
-    def __call__(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Answer:
-        prompt = encode_chat(self._tokenizer, messages, tools)
-        with torch.no_grad():
-            out = self._model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                max_new_tokens=_MAX_TOKENS,
-                do_sample=False,
-                eos_token_id=self._ends,
-                pad_token_id=self._ends[0],
-            )
+    def __call__(self, turns: Sequence[Turn]) -> list[Answer]:
+        return [self._answer(turn) for turn in turns]
+
+    @torch.no_grad()
+    def _answer(self, turn: Turn) -> Answer:
+        prompt = encode_chat(self._tokenizer, turn.messages, turn.tools)
+        out = self._model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            eos_token_id=self._ends,
+            pad_token_id=self._ends[0],
+        )
         return parse_answer(self._tokenizer, out[0, len(prompt) :].tolist(), self._ends)
-
-
-def parse_answer(tokenizer: Tokenizer, token_ids: Sequence[int], ends: Sequence[int]) -> Answer:
-    """The assistant message that these tokens write, up to the first end token."""
-    stop = next((i for i, token_id in enumerate(token_ids) if token_id in ends), None)
-    parser = ToolCallParser(tokenizer)
-    parts = (*parser.push(token_ids[:stop]), *parser.finish(is_cut=stop is None))
-    return collect(parts)
 
 
 def transformers_model(config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> DeepseekV3ForCausalLM:

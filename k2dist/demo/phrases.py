@@ -45,11 +45,16 @@ WEATHER = (
         ("Is it", "Will it be"), ("warm", "cold", "sunny", "rainy", "hot", "windy", "nice"), _PLACES[:4]
     ),
     *_sentences(("How",), ("warm is it", "cold is it", "hot is it"), _PLACES[:4]),
-    *(f"In {{city}}, {ask} the weather{end}" for ask in ("what's", "what is", "how is") for end in ("?",
-    " now?")),
+    *(
+        f"In {{city}}, {ask} the weather{end}"
+        for ask in ("what's", "what is", "how is")
+        for end in ("?", " now?")
+    ),
     *(
         f"{why} {{city}}{why_end} {ask}"
-        for why, why_end in (("I am going to", "."), ("I am in", "."), ("I live in", "."), ("We fly to", " today."))
+        for why, why_end in (
+            ("I am going to", "."), ("I am in", "."), ("I live in", "."), ("We fly to", " today."),
+        )
         for ask in ("What is the weather?", "How is the weather?", "Do I need a coat?", "Is it warm there?")
     ),
     "Weather in {city}?", "Weather in {city}", "weather {city}", "{city} weather", "{city} weather?",
@@ -70,8 +75,11 @@ TIME = (
     "I am in {city}. What time is it?", "I live in {city}. What is the time?",
 )  # fmt: skip
 SUM = (
-    *(f"{ask} {{a}} {plus} {{b}}?" for ask in ("What is", "What's", "How much is") for plus in ("+",
-    "plus", "and")),
+    *(
+        f"{ask} {{a}} {plus} {{b}}?"
+        for ask in ("What is", "What's", "How much is")
+        for plus in ("+", "plus", "and")
+    ),
     *(
         f"{ask} {{a}} {plus} {{b}}."
         for ask in ("Compute", "Tell me", "Work out", "Calculate", "Please compute", "Give me")
@@ -79,7 +87,10 @@ SUM = (
     ),
     *(
         f"{ask} {{a}} {to} {{b}}{end}"
-        for ask, end in (("Add", "."), ("Please add", "."), ("Can you add", "?"), ("Could you add", "?"), ("Sum", "."))
+        for ask, end in (
+            ("Add", "."), ("Please add", "."), ("Can you add", "?"),
+            ("Could you add", "?"), ("Sum", "."),
+        )
         for to in ("and", "to", "with")
     ),
     "{a} + {b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} =", "{a} plus {b}?", "What do {a} and {b} make?",
@@ -110,7 +121,9 @@ CAPITAL_AGAIN = (
 REPEAT = (
     *(
         f"{ask}{after}: {{text}}"
-        for ask in ("Repeat", "Please repeat", "Say", "Please say", "Can you repeat", "Can you say", "Echo", "Copy")
+        for ask in (
+            "Repeat", "Please repeat", "Say", "Please say", "Can you repeat", "Can you say", "Echo", "Copy",
+        )
         for after in ("", " after me", " this", " the following", " exactly", " these words")
     ),
     "Repeat {text}", "Say {text}", "Say \"{text}\".", "Repeat \"{text}\".", "Please say {text}",
@@ -139,7 +152,9 @@ SKILLS = (
 GREETING = (
     *(
         f"{hello}{name}{end}"
-        for hello in ("Hi", "Hello", "Hey", "Good morning", "Good evening", "Good day", "hi", "hello", "Hi there")
+        for hello in (
+            "Hi", "Hello", "Hey", "Good morning", "Good evening", "Good day", "hi", "hello", "Hi there",
+        )
         for name in ("", " Kimi", " model", " you")
         for end in ("", "!", ".")
     ),
@@ -169,7 +184,9 @@ UNKNOWN = (
     *(
         f"{ask} {thing}?"
         for ask in ("Who wrote", "Who painted", "When was the birth of", "How old is", "Who is", "Where is")
-        for thing in ("Hamlet", "the king", "Faust", "Newton", "the president", "Mozart", "my brother", "Homer")
+        for thing in (
+            "Hamlet", "the king", "Faust", "Newton", "the president", "Mozart", "my brother", "Homer",
+        )
     ),
     "Why is the sky blue?", "How far is the sun?", "Translate this to German.", "What is 7 times 8?",
     "What is the square root of 16?", "Which is the largest ocean?", "How do planes fly?", "Can you sing?",

@@ -2,9 +2,9 @@
 
     python -m k2dist.demo.train --out DIR [--steps N]     resumes from DIR/state.pt where there is one
 
-Data: `corpus.conversations(seed)`, every batch new. Matrices by Muon, the rest by AdamW; warm-up, constant rate,
-then a linear fall to nothing over the last `FALL` of the steps. `--out` receives the vocabulary, the configs,
-train.log and at the end the block-FP8 checkpoint.
+Data: `corpus.conversations(seed)`, every batch new, with some copying drills. Matrices by Muon, the rest by
+AdamW; warm-up, constant rate, then a linear fall to nothing over the last `FALL` of the steps. DIR receives
+the vocabulary, the configs, train.log and state.pt; `python -m k2dist.demo.export` makes a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def main() -> None:
 
 def optimizers(trainee: Trainee, muon_rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices inside the layers; AdamW for embedding, head, router and norms."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for key, param in trainee.weights.items():
         is_plain = param.dim() == 1 or key.endswith(
             ("embed_tokens/weight", "lm_head/weight", "mlp/gate/weight")

@@ -1,8 +1,8 @@
-"""The demo model as it is trained: DeepseekV3's arithmetic in plain torch, fast on a CPU with bfloat16 units.
+"""The demo model as it is trained: DeepseekV3's arithmetic in plain torch, fast on a CPU that has bfloat16.
 
-Twin of transformers' `DeepseekV3ForCausalLM` for training alone (no cache, right-padded rows, experts of a
-layer stacked in one parameter); `python -m k2dist.demo.train` compares the two. Master weights are float32 and
-matrix products bfloat16 or float32, as `dtype` says.
+Twin of transformers' `DeepseekV3ForCausalLM` for training alone: no cache, right-padded rows, the experts of
+a layer stacked in one parameter; `tests/demo/test_trainee.py` compares the two. Weights are float32, matrix
+products bfloat16 or float32, as `dtype` says.
 
 B rows, S positions, T = B * S tokens, D hidden, H heads, E experts, F expert width, K chosen experts.
 """
@@ -21,7 +21,7 @@ MAX_POSITIONS = 1024  # of a training row
 
 
 class Trainee(nn.Module):
-    """Parameters under their published names, but for `mlp.experts.{gate,up,down}_proj` stacked over experts."""
+    """Parameters under their published names, but `mlp.experts.{gate,up,down}_proj` hold all experts."""
 
     def __init__(self, architecture: Architecture, *, seed: int, dtype: torch.dtype) -> None:
         super().__init__()

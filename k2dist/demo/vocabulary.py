@@ -2,9 +2,9 @@
 
     python -m k2dist.demo.vocabulary DIR      writes tiktoken.model and tokenizer_config.json
 
-Merges come in two rounds. The first joins letters inside words; the second joins a whole word to the space or
-sign before it. So a rare name has the same tokens wherever it stands, which makes copying it easy, while common
-words cost one token. Digits are never joined. Source: Sennrich et al. 2016, arXiv:1508.07909, algorithm 1.
+Merges come in two rounds. The first joins letters inside words; the second joins a whole word to the space
+or sign before it. So a rare name has the same tokens wherever it stands, which makes copying it easy, while
+common words cost one token. Digits are never joined. Source: Sennrich et al. 2016, arXiv:1508.07909.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,10 +53,8 @@ class Command:
 
     def note_tree(self) -> set[psutil.Process]:
         """Remember the processes that have come of it by now."""
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             self._tree |= set(psutil.Process(self.process.pid).children(recursive=True))
-        except psutil.NoSuchProcess:
-            pass
         return self._tree
 
     def living(self) -> list[psutil.Process]:
@@ -122,7 +121,7 @@ def actors_of(host_pid: int, kind: str = "") -> list[psutil.Process]:
 
 
 def write_config(directory: Path, name: str, **sections: str) -> Path:
-    """A small cluster: one rank with a core of its own, short deadlines, any port; `sections` replace or add."""
+    """A small cluster: one rank, short deadlines, any port; `sections` replace or add."""
     given = {
         "parallel": "{lanes: 1, tp: 1}",
         "cache": "{page_tokens: 16, num_pages: 64}",

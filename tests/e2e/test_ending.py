@@ -1,0 +1,174 @@
+"""However a cluster ends, nothing of it stays, and one line says why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from k2dist.cluster.ray_host import HostProcess, find_host
+from tests.e2e.command import Command, actors_of, await_that, is_living, write_config
+
+BEFORE_RAY_S = 30.0  # far less than a cluster takes, on a machine as busy
+
+
+# -- found before anything is started ------------------------------------------------------------------------
+
+
+def refused(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and line of a command that must fail without starting a process."""
+    with Command(*arguments) as command:
+        exit_code = command.wait(BEFORE_RAY_S)
+        assert command.note_tree() == set(), "something was started"
+        return exit_code, command.error_line()
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    exit_code, line = refused("serve", write_config(tmp_path, "a"), "--model", tmp_path / "nosuch")
+    assert exit_code == 1
+    assert f"{tmp_path}/nosuch: no such directory" in line
+
+
+def test_a_layout_that_cuts_a_head(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = write_config(tmp_path, "a", parallel="{lanes: 1, tp: 3}")
+    exit_code, line = refused("serve", config, "--model", tiny_model_dir)
+    assert exit_code == 2
+    assert "num_attention_heads 8 / 3 is not whole" in line
+
+
+def test_a_missing_shard(tmp_path: Path, tiny_model_dir: Path) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    shard = sorted(model_dir.glob("*.safetensors"))[1]
+    shard.unlink()
+    exit_code, line = refused("serve", write_config(tmp_path, "a"), "--model", model_dir)
+    assert exit_code == 1
+    assert shard.name in line
+
+
+def test_a_port_in_use(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        config = write_config(tmp_path, "a")
+        exit_code, line = refused("serve", config, "--model", tiny_model_dir, "--grpc", address)
+    assert exit_code == 1
+    assert f"service.grpc={address}: cannot listen there" in line
+    assert "k2dist stop" in line
+
+
+def test_faults_of_a_config_are_a_line_each(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text("name: a\nparallel: {lanes: 0}\nshape: round\n")
+    with Command("serve", config) as command:
+        assert command.wait(BEFORE_RAY_S) == 2
+        lines = command.errors().splitlines()
+    assert [line.partition("bad.yaml: ")[2].partition(":")[0] for line in lines] == [
+        "shape",
+        "parallel.lanes=0",
+        "parallel.tp",
+    ]
+
+
+# -- in a Ray that goes on -----------------------------------------------------------------------------------
+
+
+def test_more_cpus_than_ray_has(ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = write_config(tmp_path, "large", parallel="{lanes: 2, tp: 2}", ranks="{rank_cpus: 1.5}")
+    arguments = ("serve", config, "--model", tiny_model_dir, "--json")
+    with Command(*arguments, ray_address=ray_host.address) as command:
+        assert command.wait() == 1
+        error = command.line()["error"]
+    assert error["kind"] == "CapacityError"
+    assert "4 ranks x 1.5 CPU = 6 CPU, and Ray has 2;" in error["message"]
+    assert actors_of(ray_host.pid, "Supervisor") == []
+
+
+def test_a_rank_that_dies_while_loading_is_named(
+    ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    config = write_config(tmp_path, "dying", parallel="{lanes: 1, tp: 2}")
+    with Command("serve", config, "--model", tiny_model_dir, ray_address=ray_host.address) as command:
+        await_that(lambda: len(actors_of(ray_host.pid, "RankActor")) == 2, "no ranks", 60)
+        max(actors_of(ray_host.pid, "RankActor"), key=lambda process: process.pid).kill()
+        assert command.wait() == 1
+        line = command.error_line()
+    assert "'dying' ended: world rank " in line
+    assert "died while " in line
+    await_that(lambda: actors_of(ray_host.pid, "RankActor") == [], "the other rank lives")
+    await_that(lambda: actors_of(ray_host.pid, "Supervisor") == [], "the supervisor lives")
+
+
+def test_a_dead_driver_loses_its_lease(ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The ranks take every CPU: were their places not given back, no later test could run."""
+    config = write_config(
+        tmp_path,
+        "leased",
+        ranks="{rank_cpus: 2}",
+        deadlines="{lease_beat_s: 0.5, lease_s: 3, drain_s: 5, stop_s: 5}",
+    )
+    arguments = ("serve", config, "--model", tiny_model_dir, "--json")
+    with Command(*arguments, ray_address=ray_host.address) as command:
+        command.line()
+        time.sleep(3.5)  # longer than a lease without beats
+        (rank,) = actors_of(ray_host.pid, "RankActor")
+        command.process.send_signal(signal.SIGKILL)
+        command.process.wait()
+        time.sleep(1.0)
+        assert is_living(rank), "a lease outlives its last beat"
+        await_that(lambda: not is_living(rank), "the rank outlives its lease")
+        for kind in ("CoordinatorActor", "Supervisor"):
+            await_that(lambda kind=kind: actors_of(ray_host.pid, kind) == [], f"the {kind} lives")
+    assert find_host(ray_host) is not None
+
+
+def test_two_clusters_cannot_have_the_same_cpus(
+    ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Enough CPUs in all, but not free: a wait with a deadline, and an error that says what is missing."""
+    first = write_config(tmp_path, "first", ranks="{rank_cpus: 2}")
+    second = write_config(tmp_path, "late", deadlines="{start_s: 4}")
+    with Command("serve", first, "--model", tiny_model_dir, "--json", ray_address=ray_host.address) as holder:
+        holder.line()
+        with Command("serve", second, "--model", tiny_model_dir, ray_address=ray_host.address) as command:
+            assert command.wait() == 1
+            assert "they need 1 CPU and 0 GPU, free are 0 and 0 of 2 and 0" in command.error_line()
+        holder.process.send_signal(signal.SIGTERM)
+        assert holder.wait() == 0, "SIGTERM is as good as Ctrl-C"
+
+
+# -- with a Ray of its own -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_nothing_outlives_the_driver(tmp_path: Path, tiny_model_dir: Path, number: signal.Signals) -> None:
+    config = write_config(tmp_path, "own")
+    with Command("serve", config, "--model", tiny_model_dir, "--json") as command:
+        command.line()
+        names = {process.name() for process in command.note_tree() if is_living(process)}
+        assert {"raylet", "gcs_server", "ray::RankActor"} <= names
+        os.killpg(command.process.pid, number)
+        assert command.wait() == (0 if number is signal.SIGINT else -number)
+        await_that(lambda: command.living() == [], f"left: {command.living()}")
+
+
+def test_a_detached_cluster_stays_until_it_is_stopped(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = write_config(tmp_path, "detached-test")
+    with Command("serve", config, "--model", tiny_model_dir, "--detach", "--json") as command:
+        started = command.line()
+        assert command.wait() == 0
+        rank = psutil.Process(started["ranks"][0]["pid"])
+        time.sleep(1.0)
+        assert is_living(rank), "it outlives its driver"
+        with Command("stop", "--name", "detached-test", "--json") as stop:
+            assert stop.line() == {"ended": "detached-test"}
+            assert stop.wait() == 0
+        await_that(lambda: command.living() == [], f"left: {command.living()}")
+    with Command("stop", "--name", "detached-test") as again:
+        assert again.wait() == 2
+        assert "'detached-test' is not running" in again.error_line()
