@@ -9,6 +9,7 @@ from types import FrameType
 
 from k2dist.cli.environment import ray_address, records_dir
 from k2dist.cli.progress import StartProgress
+from k2dist.cluster.process_mark import mark_process
 from k2dist.cluster.record import ClusterRecord, remove_record, write_record
 from k2dist.cluster.start import Cluster, start_cluster
 from k2dist.cluster.status import ClusterStatus
@@ -34,7 +35,7 @@ def launched(
                 name=name,
                 ray_address=cluster.ray_address,
                 grpc=status.address,
-                is_detached=is_detached,
+                driver=None if is_detached else mark_process(),
                 host=cluster.host.process if cluster.host is not None else None,
             )
             write_record(records_dir(), record)

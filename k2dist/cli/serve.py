@@ -45,12 +45,17 @@ def serve(
 
 def _watch(cluster: Cluster) -> None:
     """Until the cluster ends, or Ctrl-C. UnavailableError if nobody asked it to."""
+    is_ending = False
     try:
         for status in cluster.statuses():
-            if status.reason and status.is_failure:
+            if status.is_failure:
                 raise UnavailableError(cluster.last_words(status))
             if status.has_ended:
                 return
+            is_ending = bool(status.reason)
+    except UnavailableError:
+        if not is_ending:  # else whoever ended it was done before the last status came here
+            raise
     except KeyboardInterrupt:
         typer.echo("\ndraining; Ctrl-C again ends it at once", err=True)
 

@@ -10,8 +10,9 @@ import ray
 import typer
 
 from k2dist.cli.environment import ray_address, records_dir
-from k2dist.cluster.ray_host import find_host, stop_host
-from k2dist.cluster.record import ClusterRecord, read_record, recorded_names, remove_record
+from k2dist.cluster.process_mark import find_process
+from k2dist.cluster.ray_host import stop_host
+from k2dist.cluster.record import ClusterRecord, read_record, remove_record, running_names
 from k2dist.cluster.start import find_cluster, join_ray, sweep
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import UsageError
@@ -35,7 +36,7 @@ def stop(
 
 
 def _only_name(directory: Path) -> str:
-    names = recorded_names(directory)
+    names = running_names(directory)
     if len(names) != 1:
         there = f"there are {', '.join(names)}" if names else "none is noted on this machine"
         raise UsageError(f"--name: which cluster? {there}")
@@ -48,7 +49,7 @@ def _end(name: str, record: ClusterRecord | None) -> bool:
     if address is None:
         return False
     host = record.host if record is not None else None
-    if host is not None and find_host(host) is None:
+    if host is not None and find_process(host.mark) is None:
         return False
     join_ray(address, name)
     try:

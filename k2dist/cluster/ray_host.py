@@ -23,6 +23,7 @@ from typing import IO
 import msgspec
 import psutil
 
+from k2dist.cluster.process_mark import ProcessMark, find_process, mark_process
 from k2dist.config.cluster import RayConfig
 from k2dist.errors import CapacityError, PeerError
 from k2dist.messages import Message
@@ -39,12 +40,11 @@ _FORGET_S = 10.0  # for a host that could not start to end in order
 
 
 class HostProcess(Message, frozen=True, kw_only=True):
-    """A host as others can find it. `created_s`: when its process began, since pids are used again."""
+    """A host as others can find it."""
 
     address: str  # of its Ray
     log_dir: str  # where each of Ray's processes writes what it has to say
-    pid: int
-    created_s: float
+    mark: ProcessMark
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +93,9 @@ def _forget(child: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def find_host(process: HostProcess) -> psutil.Process | None:
-    """The host's process if it lives."""
-    try:
-        found = psutil.Process(process.pid)
-        is_it = found.create_time() == process.created_s and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return None
-    return found if is_it else None
-
-
 def stop_host(process: HostProcess, deadline_s: float) -> None:
     """End a Ray and all its processes: in order within `deadline_s`, else by force. Gone already is fine."""
-    found = find_host(process)
+    found = find_process(process.mark)
     if found is None:
         return
     children = found.children(recursive=True)
@@ -159,8 +149,7 @@ def main() -> None:
     process = HostProcess(
         address=ray.get_runtime_context().gcs_address,
         log_dir=f"{context.address_info['session_dir']}/logs",
-        pid=os.getpid(),
-        created_s=psutil.Process().create_time(),
+        mark=mark_process(),
     )
     print(msgspec.json.encode(process).decode(), flush=True)
     if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):  # else detached: only SIGTERM ends it

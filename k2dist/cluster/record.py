@@ -8,19 +8,30 @@ from pathlib import Path
 
 import msgspec
 
+from k2dist.cluster.process_mark import ProcessMark, find_process
 from k2dist.cluster.ray_host import HostProcess
 from k2dist.errors import ConfigError
 from k2dist.messages import Message
 
 
 class ClusterRecord(Message, frozen=True, kw_only=True):
-    """One cluster. `host`: its own Ray, if it has one; `is_detached`: nobody ends that but `k2dist stop`."""
+    """One cluster. `host`: its own Ray, if it has one; `driver`: who holds its lease, unless it is detached."""
 
     name: str
     ray_address: str
     grpc: str
-    is_detached: bool
     host: HostProcess | None
+    driver: ProcessMark | None
+
+    @property
+    def is_detached(self) -> bool:
+        """Nobody ends it but `k2dist stop`."""
+        return self.driver is None
+
+    def may_run(self) -> bool:
+        """False once what it depends on has ended; of a detached one in another's Ray only Ray could tell."""
+        held_by = self.host.mark if self.host is not None else self.driver
+        return held_by is None or find_process(held_by) is not None
 
 
 def write_record(directory: Path, record: ClusterRecord) -> None:
@@ -46,8 +57,14 @@ def remove_record(directory: Path, name: str) -> None:
         _path(directory, name).unlink()
 
 
-def recorded_names(directory: Path) -> list[str]:
-    return sorted(path.stem for path in directory.glob("*.json"))
+def running_names(directory: Path) -> list[str]:
+    """Names of the recorded clusters that may still run; records of the others are removed."""
+    names = sorted(path.stem for path in directory.glob("*.json"))
+    for name in names:
+        record = read_record(directory, name)
+        if record is not None and not record.may_run():
+            remove_record(directory, name)
+    return [name for name in names if _path(directory, name).exists()]
 
 
 def _path(directory: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Ways to reach a model that the evaluation and the tests share: a cluster's gRPC, or ranks in this process."""
+"""Ways to reach a model that evaluation and tests share: a cluster's gRPC, or ranks in this process."""
 
 from __future__ import annotations
 

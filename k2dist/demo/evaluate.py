@@ -151,7 +151,7 @@ def judge_answer(case: Case, answer: Answer) -> bool:
 def run_cases(cases: Sequence[Case], chat: Chat) -> tuple[Outcome, ...]:
     """All outcomes, in the order of the cases: all questions at once, then all results of tools at once.
 
-    Where a call is wanted and none comes, there is no answer either; a wrong call is answered like a right one.
+    Where a call is wanted and none comes, there is no answer either. A wrong call gets the right result.
     """
     firsts = chat([Turn(case.messages, case.tools) for case in cases])
     calling = [

@@ -57,4 +57,5 @@ def orthogonal(x_MNK: Tensor) -> Tensor:
     for _ in range(_NUM_ITERATIONS):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.transpose(1, 2) if is_tall else x).float()
+    result: Tensor = x.transpose(1, 2) if is_tall else x
+    return result.float()

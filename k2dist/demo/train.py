@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from k2dist.demo import corpus
@@ -30,7 +31,7 @@ from k2dist.demo.vocabulary import count_pieces, learn_vocabulary, write_vocabul
 from k2dist.text.tokenizer import VOCABULARY_FILE, Tokenizer
 
 WARM_UP_STEPS = 60
-FALL = 0.4  # the last part of the steps, in which the rate falls to 0
+FALL = 0.6  # the last part of the steps, in which the rate falls to 0
 MUON_RATE, ADAM_RATE = 0.01, 3e-3
 CLIP = 1.0
 BALANCE_RATE = 5e-4

@@ -138,7 +138,8 @@ class Trainee(nn.Module):
         score = (q_BHSC * a.softmax_scale) @ k_BHSC.transpose(2, 3)
         score = score + self.mask_SS[:num_positions, :num_positions]
         out = score.softmax(-1) @ v_BSHV.transpose(1, 2)
-        return out.transpose(1, 2).reshape(num_rows, num_positions, -1)
+        out_BSO: Tensor = out.transpose(1, 2).reshape(num_rows, num_positions, -1)
+        return out_BSO
 
     def _rotate(self, x_BSHR: Tensor) -> Tensor:
         """Interleaved pairs turned by their position's angle (k2_facts 2.3)."""

@@ -4,7 +4,7 @@ Plain torch breaks that in three places, and here is what stands in for each:
 
     matrix products   another number of rows takes other instructions    tiles of 16 rows, the last padded
     sums              the order of the addends follows the shape         neighbours in pairs, then their sums
-    exp               a tensor's tail is computed by another routine     +, x and round, each exactly rounded
+    sigmoid, exp      a tensor's tail is computed by another routine     +, x and round, each exactly rounded
 
 Max, sort, square root and division are exact or correctly rounded everywhere, and need nothing.
 """

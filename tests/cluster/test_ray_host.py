@@ -7,8 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
-from k2dist.cluster.ray_host import HostProcess, find_host, start_host, stop_host
+from k2dist.cluster.process_mark import find_process, mark_process
+from k2dist.cluster.ray_host import HostProcess, start_host, stop_host
 from k2dist.config.cluster import RayConfig
 from k2dist.errors import CapacityError, PeerError
 
@@ -27,8 +29,7 @@ def parent() -> Iterator[tuple[HostProcess, psutil.Process]]:
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
-        created_s = psutil.Process(process.pid).create_time()
-        yield HostProcess(address="", log_dir="", pid=process.pid, created_s=created_s), child
+        yield HostProcess(address="", log_dir="", mark=mark_process(process.pid)), child
         process.kill()
     for left in (child,) if child.is_running() else ():
         left.kill()
@@ -36,27 +37,27 @@ def parent() -> Iterator[tuple[HostProcess, psutil.Process]]:
 
 def test_a_host_ends_with_its_children(parent: tuple[HostProcess, psutil.Process]) -> None:
     host, child = parent
-    assert find_host(host) is not None
+    assert find_process(host.mark) is not None
     stop_host(host, deadline_s=0.5)
     psutil.wait_procs([child], timeout=5)
-    assert find_host(host) is None
+    assert find_process(host.mark) is None
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_process_that_took_the_pid_is_left_alone(parent: tuple[HostProcess, psutil.Process]) -> None:
     host, child = parent
-    other = HostProcess(address="", log_dir="", pid=host.pid, created_s=host.created_s - 1)
-    assert find_host(other) is None
+    other = replace(host, mark=replace(host.mark, created_s=host.mark.created_s - 1))
+    assert find_process(other.mark) is None
     stop_host(other, deadline_s=0.5)
-    assert find_host(host) is not None
+    assert find_process(host.mark) is not None
     assert child.is_running()
 
 
 def test_a_host_that_is_gone_is_gone() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    host = HostProcess(address="", log_dir="", pid=process.pid, created_s=0.0)
-    assert find_host(host) is None
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        host = HostProcess(address="", log_dir="", mark=mark_process(process.pid))
+        process.communicate(b"\n")
+    assert find_process(host.mark) is None
     stop_host(host, deadline_s=0.1)
 
 

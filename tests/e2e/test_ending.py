@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from k2dist.cluster.ray_host import HostProcess, find_host
+from k2dist.cluster.process_mark import find_process
+from k2dist.cluster.ray_host import HostProcess
 from tests.e2e.command import Command, actors_of, await_that, is_living, write_config
 
 BEFORE_RAY_S = 30.0  # far less than a cluster takes, on a machine as busy
@@ -86,7 +87,7 @@ def test_more_cpus_than_ray_has(ray_host: HostProcess, tmp_path: Path, tiny_mode
         error = command.line()["error"]
     assert error["kind"] == "CapacityError"
     assert "4 ranks x 1.5 CPU = 6 CPU, and Ray has 2;" in error["message"]
-    assert actors_of(ray_host.pid, "Supervisor") == []
+    assert actors_of(ray_host.mark.pid, "Supervisor") == []
 
 
 def test_a_rank_that_dies_while_loading_is_named(
@@ -94,14 +95,14 @@ def test_a_rank_that_dies_while_loading_is_named(
 ) -> None:
     config = write_config(tmp_path, "dying", parallel="{lanes: 1, tp: 2}")
     with Command("serve", config, "--model", tiny_model_dir, ray_address=ray_host.address) as command:
-        await_that(lambda: len(actors_of(ray_host.pid, "RankActor")) == 2, "no ranks", 60)
-        max(actors_of(ray_host.pid, "RankActor"), key=lambda process: process.pid).kill()
+        await_that(lambda: len(actors_of(ray_host.mark.pid, "RankActor")) == 2, "no ranks", 60)
+        max(actors_of(ray_host.mark.pid, "RankActor"), key=lambda process: process.pid).kill()
         assert command.wait() == 1
         line = command.error_line()
     assert "'dying' ended: world rank " in line
     assert "died while " in line
-    await_that(lambda: actors_of(ray_host.pid, "RankActor") == [], "the other rank lives")
-    await_that(lambda: actors_of(ray_host.pid, "Supervisor") == [], "the supervisor lives")
+    await_that(lambda: actors_of(ray_host.mark.pid, "RankActor") == [], "the other rank lives")
+    await_that(lambda: actors_of(ray_host.mark.pid, "Supervisor") == [], "the supervisor lives")
 
 
 def test_a_dead_driver_loses_its_lease(ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -116,15 +117,15 @@ def test_a_dead_driver_loses_its_lease(ray_host: HostProcess, tmp_path: Path, ti
     with Command(*arguments, ray_address=ray_host.address) as command:
         command.line()
         time.sleep(3.5)  # longer than a lease without beats
-        (rank,) = actors_of(ray_host.pid, "RankActor")
+        (rank,) = actors_of(ray_host.mark.pid, "RankActor")
         command.process.send_signal(signal.SIGKILL)
         command.process.wait()
         time.sleep(1.0)
         assert is_living(rank), "a lease outlives its last beat"
         await_that(lambda: not is_living(rank), "the rank outlives its lease")
         for kind in ("CoordinatorActor", "Supervisor"):
-            await_that(lambda kind=kind: actors_of(ray_host.pid, kind) == [], f"the {kind} lives")
-    assert find_host(ray_host) is not None
+            await_that(lambda kind=kind: actors_of(ray_host.mark.pid, kind) == [], f"the {kind} lives")
+    assert find_process(ray_host.mark) is not None
 
 
 def test_two_clusters_cannot_have_the_same_cpus(

@@ -41,7 +41,7 @@ def served(ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path) -> Ite
         yield command.line()
         command.process.send_signal(signal.SIGINT)
         assert command.wait() == 0, command.errors()
-    await_that(lambda: not actors_of(ray_host.pid, "RankActor"), "ranks outlive their cluster")
+    await_that(lambda: not actors_of(ray_host.mark.pid, "RankActor"), "ranks outlive their cluster")
 
 
 async def generate(client: AsyncClient, prompt: tuple[int, ...], times: list[float]) -> list[int]:
@@ -87,7 +87,7 @@ def test_four_processes_generate_what_threads_do(served: dict[str, Any], tiny_mo
 def test_ranks_are_processes_in_their_places(served: dict[str, Any], ray_host: HostProcess) -> None:
     pids = [rank["pid"] for rank in served["ranks"]]
     assert [rank["world_rank"] for rank in served["ranks"]] == [0, 1, 2, 3]
-    assert sorted(pids) == sorted(process.pid for process in actors_of(ray_host.pid, "RankActor"))
+    assert sorted(pids) == sorted(process.pid for process in actors_of(ray_host.mark.pid, "RankActor"))
     loaded = [rank["num_bytes_loaded"] for rank in served["ranks"]]
     assert all(rank["num_bytes"] == count > 0 for rank, count in zip(served["ranks"], loaded, strict=True))
 
@@ -128,4 +128,4 @@ def test_a_port_in_use_ends_the_second_and_not_the_first(
     with Command(*arguments, ray_address=ray_host.address) as command:
         assert command.wait() == 1
         assert f"cannot listen on {served['address']}" in command.error_line()
-    assert len(actors_of(ray_host.pid, "RankActor")) == 4, "those of the first"
+    assert len(actors_of(ray_host.mark.pid, "RankActor")) == 4, "those of the first"

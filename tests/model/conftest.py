@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from k2dist.model import decoder
 from k2dist.model.batch import Batch, PromptSegment
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.weights import Weights, assemble
-from k2dist.parallel import Layout, expert_homes, first_layout, shard_plan
+from k2dist.parallel import Layout, RankPlace, expert_homes, first_layout, shard_plan
 
 PAGE_TOKENS = 16
 
@@ -154,40 +154,71 @@ def _shares(num_rows: int, tp: int, shuffle: random.Random | None) -> tuple[int,
 
 @dataclass
 class Rank:
+    """One rank of a world, on threads or in a process of its own."""
+
+    architecture: Architecture
+    layout: Layout
+    place: RankPlace
+    kernels: KernelSet
     weights: Weights
     cache: LatentCache | None
     lane: Communicator | None
     exchange: Exchange
+
+    @classmethod
+    def open(
+        cls,
+        architecture: Architecture,
+        published: Mapping[str, Tensor],
+        layout: Layout,
+        world_rank: int,
+        world: Communicator,
+        lane: Communicator | None,
+        dtype: torch.dtype,
+        num_pages: int = 64,
+    ) -> Rank:
+        kernels, place, cache = KernelSet.reference(dtype), layout.place(world_rank), None
+        if place.lane is not None:
+            cache = LatentCache.allocate(architecture, num_pages, PAGE_TOKENS, kernels)
+            for layer in cache.layers:
+                layer.fill_(torch.nan)  # what was not written must not be read
+        cut = cut_for(published, architecture, layout, world_rank)
+        weights = assemble(cut, architecture, place, layout.tp, kernels)
+        homes = [
+            expert_homes(layout, layer, place.world_rank) for layer in range(architecture.num_moe_layers)
+        ]
+        exchange = Exchange(world, homes)
+        return cls(architecture, layout, place, kernels, weights, cache, lane, exchange)
+
+    def step(self, batches: Mapping[int, Batch], observer: decoder.Observer | None = None) -> Tensor:
+        batch = Batch.empty(self.layout.tp)
+        if self.place.lane is not None:
+            batch = batches.get(self.place.lane, batch)
+        with torch.inference_mode():
+            return decoder.forward(
+                batch,
+                self.weights,
+                self.cache,
+                self.lane,
+                self.exchange,
+                self.architecture,
+                self.kernels,
+                observer,
+            )
 
 
 @dataclass
 class World:
     """Ranks as threads. `step` runs one batch per lane (absent: idle) and gives each lane's logits."""
 
-    architecture: Architecture
     layout: Layout
-    kernels: KernelSet
-    ranks: list[Rank] = field(default_factory=list)
+    ranks: list[Rank]
 
     def step(
         self, batches: Mapping[int, Batch], observer: decoder.Observer | None = None
     ) -> dict[int, Tensor]:
         def run(world_rank: int) -> Tensor:
-            rank, place = self.ranks[world_rank], self.layout.place(world_rank)
-            batch = Batch.empty(self.layout.tp)
-            if place.lane is not None:
-                batch = batches.get(place.lane, batch)
-            with torch.inference_mode():
-                return decoder.forward(
-                    batch,
-                    rank.weights,
-                    rank.cache,
-                    rank.lane,
-                    rank.exchange,
-                    self.architecture,
-                    self.kernels,
-                    observer,
-                )
+            return self.ranks[world_rank].step(batches, observer)
 
         with ThreadPoolExecutor(len(self.ranks)) as pool:
             return self._lane_logits(list(pool.map(run, range(len(self.ranks)))))
@@ -210,30 +241,18 @@ def open_world(
     num_pages: int = 64,
 ) -> World:
     layout = layout or first_layout(architecture, lanes=1, tp=1)
-    kernels = KernelSet.reference(dtype)
-    world = World(architecture, layout, kernels)
-    comms: Sequence[Communicator] = (
-        thread_world(layout.world_size, 30.0) if layout.world_size > 1 else [Alone()]
-    )
+    comms = thread_world(layout.world_size, 30.0) if layout.world_size > 1 else [Alone()]
     lanes: dict[int, Communicator] = {}
     for lane in range(layout.num_lanes):
         members = layout.members(LaneId(lane))
         lanes |= zip(
             members, thread_world(len(members), 30.0) if len(members) > 1 else [Alone()], strict=True
         )
-    for place in layout.ranks:
-        w = place.world_rank
-        cache = None
-        if place.lane is not None:
-            cache = LatentCache.allocate(architecture, num_pages, PAGE_TOKENS, kernels)
-            for layer in cache.layers:
-                layer.fill_(torch.nan)  # what was not written must not be read
-        homes = [expert_homes(layout, layer, w) for layer in range(architecture.num_moe_layers)]
-        weights = assemble(
-            cut_for(published, architecture, layout, w), architecture, place, layout.tp, kernels
-        )
-        world.ranks.append(Rank(weights, cache, lanes.get(w), Exchange(comms[w], homes)))
-    return world
+    ranks = [
+        Rank.open(architecture, published, layout, w, comm, lanes.get(w), dtype, num_pages)
+        for w, comm in enumerate(comms)
+    ]
+    return World(layout, ranks)
 
 
 def cut_for(
@@ -266,6 +285,7 @@ class Rig:
     sequence = staticmethod(random_sequence)
     grant = Grant
     cut_for = staticmethod(cut_for)
+    rank = Rank
 
     @staticmethod
     def sampling(batch: Batch, row_S: Tensor) -> Batch:

@@ -121,7 +121,7 @@ def test_half_layers_equal_float64(rig: Rig, scale_block: int | None, seed: int)
         plain = Plain(architecture, published, int(layer))
         wanted = plain.attention(stream[before]) if half == "attention" else plain.mlp(stream[before])
         off = (stream[name] - stream[before] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        # A value on the edge between two e4m3 numbers may round either way, 6% of that value, so a row can be off
-        # by some percents; on average rows are off by the last rounding of bfloat16, 0.4%.
+        # A value on the edge between two e4m3 numbers may round either way, 6% of that value: a row can
+        # be off by some percents. On average it is off by the last rounding of bfloat16, 0.4%.
         assert off.mean() < (0.015 if scale_block else 0.01), f"{name}: off by {off.mean():.4f} on average"
         assert off.max() < (0.1 if scale_block else 0.03), f"{name}: a row is off by {off.max():.4f}"
