@@ -15,7 +15,7 @@ from k2dist.messages import Message
 
 
 class ClusterRecord(Message, frozen=True, kw_only=True):
-    """One cluster. `host`: its own Ray, if it has one; `driver`: who holds its lease, unless it is detached."""
+    """One cluster. `host`: its own Ray, if it has one; `driver`: who holds its lease, if anybody does."""
 
     name: str
     ray_address: str

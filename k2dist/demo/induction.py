@@ -6,8 +6,8 @@ no copying at all. These are only first weights, and training moves all of them.
 
     layer 0, heads 0 and 1   attend to the token before and to the one before that, and write what they were
                              into subspaces of the residual (`before`, `earlier`)
-    layer 1, head 0          looks for the positions where these two are the present token and the one before
-                             it, and writes the token found there into `found`, which `lm_head` begins by reading
+    layer 1, head 0          looks for positions where these two are the present token and the one before it,
+                             and writes the token found there into `found`, which `lm_head` begins by reading
 
 D hidden, M matched features.
 """
