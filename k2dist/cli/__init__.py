@@ -3,6 +3,8 @@
 Exit codes: 0 success, 1 failure, 2 bad usage, 130 ended by Ctrl-C.
 """
 
+import sys
+
 from k2dist.cli.environment import prepare_environment
 
 __all__ = ["main"]
@@ -11,6 +13,9 @@ __all__ = ["main"]
 def main() -> None:
     """What the console script runs."""
     prepare_environment()
-    from k2dist.cli.app import run  # imports ray, which looks at the environment then
+    try:
+        from k2dist.cli.app import run  # imports ray, which looks at the environment then
 
-    run()
+        run()
+    except KeyboardInterrupt:  # nothing was started yet
+        sys.exit(130)

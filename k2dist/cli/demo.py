@@ -23,14 +23,12 @@ from k2dist.cli.launch import launched
 from k2dist.cli.prepare import prepare_world
 from k2dist.cli.progress import start_progress
 from k2dist.config.load import load_cluster
-from k2dist.demo import tools
+from k2dist.demo import MODEL_DIR, tools
 from k2dist.errors import K2Error
 from k2dist.service.client import Client
 from k2dist.service.client_request import PartialSampling
 
-DEMO_DIR = Path(tools.__file__).parent
-CONFIG = DEMO_DIR / "laptop.yaml"  # cluster_configs/laptop.yaml
-MODEL = DEMO_DIR / "model"
+CONFIG = MODEL_DIR.parent / "laptop.yaml"  # cluster_configs/laptop.yaml
 
 GREEDY = PartialSampling(temperature=0.0, max_tokens=160)
 QUESTIONS = (
@@ -46,7 +44,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened as one JSON object.")] = False,
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT to listen on.")] = None,
     config: Annotated[Path, typer.Option(help="Another cluster YAML.")] = CONFIG,
-    model: Annotated[Path, typer.Option(help="Another model directory.")] = MODEL,
+    model: Annotated[Path, typer.Option(help="Another model directory.")] = MODEL_DIR,
 ) -> None:
     """Start a cluster on this machine, talk to its model, and show what ran where."""
     started_s = time.monotonic()
@@ -54,8 +52,7 @@ def demo(
     talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, tuple(QUESTIONS[2].tool_names)),)
     progress = start_progress(is_quiet=as_json)
     try:
-        with progress, launched(world, progress, is_detached=keep) as (cluster, status):
-            progress.__exit__(None, None, None)
+        with launched(world, progress, is_detached=keep) as (cluster, status):
             ready_s = time.monotonic() - started_s
             with Client(status.address) as client:
                 reports = converse(client, talks, is_quiet=as_json)
@@ -72,10 +69,15 @@ def demo(
             if as_json:
                 typer.echo(msgspec.json.encode(report).decode())
             else:
-                print_report(report, Console())
+                print_report(report, _wide_console())
     except KeyboardInterrupt:
         typer.echo("ended.", err=True)
         raise typer.Exit(130) from None
+
+
+def _wide_console() -> Console:
+    """As wide as the tables where nobody's window says otherwise."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass(slots=True)
@@ -101,7 +103,8 @@ def converse(client: Client, talks: tuple[Talk, ...], *, is_quiet: bool) -> tupl
             reports[index] = _hold(client, talks[index], lambda text: chunks.put(Chunk(index, text)))
         except K2Error as error:
             failures.append(error)
-        chunks.put(Chunk(index, None))
+        finally:
+            chunks.put(Chunk(index, None))
 
     for index in range(len(talks)):
         # Daemons: a Ctrl-C does not wait for them; their streams end with the client.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from k2dist.cli.environment import ray_address, records_dir
@@ -21,28 +21,31 @@ from k2dist.service.coordinator_actor import CoordinatorActor
 def launched(
     world: World, progress: StartProgress, *, is_detached: bool
 ) -> Iterator[tuple[Cluster, ClusterStatus]]:
-    """A serving cluster. SIGTERM and SIGHUP end it as Ctrl-C does: as KeyboardInterrupt, in order."""
+    """A serving cluster, its start shown by `progress`. SIGTERM and SIGHUP end it as Ctrl-C does."""
     address, name = ray_address(), world.config.name
-    progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
-    with (
-        interrupts(),
-        start_cluster(world, CoordinatorActor, ray_address=address, is_detached=is_detached) as cluster,
-    ):
-        interrupts_again()  # Ray has set its own meanwhile
-        try:
-            status = cluster.await_serving(progress.show)
-            record = ClusterRecord(
-                name=name,
-                ray_address=cluster.ray_address,
-                grpc=status.address,
-                driver=None if is_detached else mark_process(),
-                host=cluster.host.process if cluster.host is not None else None,
-            )
-            write_record(records_dir(), record)
-            yield cluster, status
-        finally:
-            if not cluster.is_left_running:
-                remove_record(records_dir(), name)
+    with interrupts(), ExitStack() as showing:
+        showing.enter_context(progress)
+        progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
+        with start_cluster(world, CoordinatorActor, ray_address=address, is_detached=is_detached) as cluster:
+            interrupts_again()  # Ray has set its own meanwhile
+            try:
+                status = cluster.await_serving(progress.show)
+                write_record(records_dir(), _record(cluster, status, is_detached=is_detached))
+                showing.close()
+                yield cluster, status
+            finally:
+                if not cluster.is_left_running:
+                    remove_record(records_dir(), name)
+
+
+def _record(cluster: Cluster, status: ClusterStatus, *, is_detached: bool) -> ClusterRecord:
+    return ClusterRecord(
+        name=cluster.name,
+        ray_address=cluster.ray_address,
+        grpc=status.address,
+        host=cluster.host.process if cluster.host is not None else None,
+        driver=None if is_detached else mark_process(),
+    )
 
 
 @contextmanager

@@ -31,8 +31,7 @@ def serve(
     world = prepare_world(load_cluster(config), model, grpc, is_here=ray_address() is None)
     progress = start_progress(is_quiet=as_json)
     try:
-        with progress, launched(world, progress, is_detached=detach) as (cluster, status):
-            progress.__exit__(None, None, None)
+        with launched(world, progress, is_detached=detach) as (cluster, status):
             typer.echo(_as_json(world, status) if as_json else _as_text(world, status, is_detached=detach))
             sys.stdout.flush()
             cluster.is_left_running = detach

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO
 
@@ -36,7 +37,7 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # future behaviour; without it each process warns
     "RAY_DEDUP_LOGS": "0",
 }
-_FORGET_S = 10.0  # for a host that could not start to end in order
+_FORGET_S = 30.0  # for a host that has not started yet: to start, and end in order
 
 
 class HostProcess(Message, frozen=True, kw_only=True):
@@ -128,13 +129,20 @@ def _last_words(words: IO[bytes]) -> str:
 
 
 def main() -> None:
-    """Start Ray, print a HostProcess, and wait for the end."""
+    """Hold Ray until the end. Signals come to this thread; Ray, which would take them over, has its own."""
     config = msgspec.json.decode(sys.argv[1], type=RayConfig)
     is_over = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: is_over.set())
     for name, value in {**JOIN_SETTINGS, **_SETTINGS}.items():
         os.environ.setdefault(name, value)
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread:
+        thread.submit(_hold_ray, config, is_over).result()
+
+
+def _hold_ray(config: RayConfig, is_over: threading.Event) -> None:
+    """Start Ray, print a HostProcess, wait, end Ray. Told to end while it starts, it first finishes starting:
+    a Ray cut short leaves agents behind."""
     import ray  # reads the settings
 
     context = ray.init(
@@ -145,7 +153,6 @@ def main() -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    signal.signal(signal.SIGTERM, lambda *_: is_over.set())  # again: init sets its own
     process = HostProcess(
         address=ray.get_runtime_context().gcs_address,
         log_dir=f"{context.address_info['session_dir']}/logs",

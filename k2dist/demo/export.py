@@ -6,7 +6,6 @@ python -m k2dist.demo.export RUN_DIR MODEL_DIR
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from k2dist.checkpoint import write_checkpoint
 from k2dist.demo.shape import write_configs
 from k2dist.demo.trainee import Trainee
-from k2dist.text.tokenizer import CONFIG_FILE, VOCABULARY_FILE
+from k2dist.demo.vocabulary import copy_vocabulary
 
 
 def main() -> None:
@@ -31,8 +30,7 @@ def export(run_dir: Path, model_dir: Path) -> None:
     trainee = Trainee(architecture, seed=0, dtype=torch.float32)
     trainee.load_state_dict(torch.load(run_dir / "state.pt", weights_only=True)["model"])
     write_checkpoint(model_dir, architecture, trainee.published(), with_inv_freq=True)
-    for name in (VOCABULARY_FILE, CONFIG_FILE):
-        shutil.copyfile(run_dir / name, model_dir / name)
+    copy_vocabulary(run_dir, model_dir)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from k2dist.demo import corpus
+from k2dist.demo import MODEL_DIR, corpus
 from k2dist.demo.batches import Batch, batches, encode, pad
 from k2dist.demo.induction import begin_with_copying_
 from k2dist.demo.muon import Muon
 from k2dist.demo.shape import write_configs
 from k2dist.demo.trainee import Trainee
-from k2dist.demo.vocabulary import count_pieces, learn_vocabulary, write_vocabulary
-from k2dist.text.tokenizer import VOCABULARY_FILE, Tokenizer
+from k2dist.demo.vocabulary import copy_vocabulary, count_pieces, learn_vocabulary, write_vocabulary
+from k2dist.text.tokenizer import Tokenizer
 
 WARM_UP_STEPS = 60
-FALL = 0.6  # the last part of the steps, in which the rate falls to 0
+FALL = 0.75  # the last part of the steps, in which the rate falls to 0
 MUON_RATE, ADAM_RATE = 0.01, 3e-3
 CLIP = 1.0
 BALANCE_RATE = 5e-4
@@ -63,22 +63,25 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-tokens", type=int, default=6144)
-    parser.add_argument("--max-tokens", type=int, default=400, help="longer conversations are left out")
-    parser.add_argument("--drills", type=float, default=0.0, help="share of copying drills among the rows")
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, default=300, help="longer conversations are left out")
+    parser.add_argument("--drills", type=float, default=0.03, help="share of copying drills among the rows")
     parser.add_argument("--muon-rate", type=float, default=MUON_RATE)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--new-vocabulary", action="store_true", help="learn one; else the committed one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
     parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--check-every", type=int, default=250)
+    parser.add_argument("--check-every", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     architecture = write_configs(options.out)
-    if not (options.out / VOCABULARY_FILE).exists():
+    if options.new_vocabulary:
         write_vocabulary(options.out, learn_vocabulary(count_pieces(options.seed)))
+    else:
+        copy_vocabulary(MODEL_DIR, options.out)
     tokenizer = Tokenizer.load(options.out)
     dtype = torch.float32 if options.float32 else torch.bfloat16
     trainee = Trainee(architecture, seed=options.seed, dtype=dtype)

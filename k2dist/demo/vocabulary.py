@@ -24,7 +24,6 @@ from k2dist.text.tokenizer import CONFIG_FILE, K2_SPECIALS, NUM_SPECIALS, PATTER
 
 NUM_MERGES = 512
 _NUM_JOINED = 120  # of the merges, those of the second round
-_NUM_CONVERSATIONS = 4000
 _VISIBLE = frozenset((11, 12, 13, 14, 15))  # tool marks: K2 lists them as special = false
 
 
@@ -36,14 +35,14 @@ def main() -> None:
     write_vocabulary(arguments.out, learn_vocabulary(count_pieces(arguments.seed)))
 
 
-def count_pieces(seed: int) -> Counter[str]:
+def count_pieces(seed: int, num_conversations: int = 4000) -> Counter[str]:
     """How often each piece of K2's pre-tokenisation stands in the corpus, real names left out.
 
     Real names would win tokens of their own, which those held out from training then lack.
     """
     pieces: Counter[str] = Counter()
     pattern = regex.compile(PATTERN, regex.V1)
-    for conversation in islice(corpus.conversations(seed), _NUM_CONVERSATIONS):
+    for conversation in islice(corpus.conversations(seed), num_conversations):
         for fragment in render(conversation.messages, conversation.tools, add_generation_prompt=False):
             if not fragment.is_control:
                 pieces.update(pattern.findall(fragment.text))
@@ -94,6 +93,8 @@ def _merges(counts: Counter[bytes], num_merges: int) -> list[bytes]:
         for word, parts in words.items():
             for pair in pairwise(parts):
                 pairs[pair] += counts[word]
+        if not pairs:
+            break
         (left, right), _ = min(pairs.items(), key=lambda entry: (-entry[1], entry[0]))
         if left + right not in known:
             merged.append(left + right)
@@ -141,6 +142,12 @@ def write_vocabulary(model_dir: Path, tokens: list[bytes]) -> None:
         "tokenizer_class": "TikTokenTokenizer",
     }
     (model_dir / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_vocabulary(source_dir: Path, model_dir: Path) -> None:
+    """The two files of another directory, as they are."""
+    for name in (VOCABULARY_FILE, CONFIG_FILE):
+        (model_dir / name).write_bytes((source_dir / name).read_bytes())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The conversations: equal seeds give equal ones, and nothing held out is ever trained on."""
 
 from itertools import islice
+from random import Random
 
 import pytest
 
@@ -129,8 +130,6 @@ def test_batches_keep_to_their_bounds(tokenizer: Tokenizer) -> None:
 
 
 def test_a_drill_is_graded_where_copying_predicts_it() -> None:
-    from random import Random
-
     for ids, weights in islice(drills(Random(1), 60, vocab_size=500), 20):
         period = weights.index(1.0) - 1
         for index, weight in enumerate(weights):

@@ -35,11 +35,12 @@ def config_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path) -> Iterator[dict[str, Any]]:
     """Two lanes x tp 2; what `serve --json` says of it."""
-    config = write_config(config_dir, "two-by-two", parallel="{lanes: 2, tp: 2}", ranks="{rank_cpus: 0.25}")
+    sections = {"parallel": "{lanes: 2, tp: 2}", "ranks": "{rank_cpus: 0.25}", "network": "{address: node}"}
+    config = write_config(config_dir, "two-by-two", **sections)
     arguments = ("serve", config, "--model", tiny_model_dir, "--json")
     with Command(*arguments, ray_address=ray_host.address) as command:
         yield command.line()
-        command.process.send_signal(signal.SIGINT)
+        command.process.send_signal(signal.SIGTERM)
         assert command.wait() == 0, command.errors()
     await_that(lambda: not actors_of(ray_host.mark.pid, "RankActor"), "ranks outlive their cluster")
 

@@ -1,0 +1,56 @@
+"""What is found wrong before a process is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from k2dist.cli.prepare import check_port, prepare_world
+from k2dist.config.cluster import ClusterConfig, ParallelConfig
+from k2dist.errors import CapacityError, CheckpointError, ConfigError
+
+CONFIG = ClusterConfig(name="a", parallel=ParallelConfig(lanes=1, tp=2))
+
+
+def test_the_command_line_wins_over_the_config(tiny_model_dir: Path) -> None:
+    world = prepare_world(CONFIG, tiny_model_dir, "127.0.0.1:0", is_here=True)
+    assert world.config.service.grpc == "127.0.0.1:0"
+    assert world.model_dir == str(tiny_model_dir)
+
+
+def test_a_model_has_to_be_named_somewhere() -> None:
+    with pytest.raises(ConfigError, match="--model"):
+        prepare_world(CONFIG, None, None, is_here=False)
+
+
+def test_an_address_that_is_none_is_the_options_fault(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--grpc: service\.grpc='nowhere'"):
+        prepare_world(CONFIG, tiny_model_dir, "nowhere", is_here=False)
+
+
+def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for path in tiny_model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=shard.name):
+        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", is_here=True)
+
+
+def test_only_a_listener_makes_a_port_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with socket.create_connection(server.getsockname()) as client:
+            accepted, _ = server.accept()
+            with pytest.raises(CapacityError, match=rf"service\.grpc={address}: cannot listen"):
+                check_port(address)
+            accepted.close()  # the server's side first: it stays in TIME_WAIT
+            client.recv(1)
+    check_port(address)
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(CapacityError, match=r"service\.grpc=203\.0\.113\.1:50051"):
+        check_port("203.0.113.1:50051")
