@@ -24,6 +24,7 @@ from k2dist.cli.prepare import prepare_world
 from k2dist.cli.progress import start_progress
 from k2dist.config.load import load_cluster
 from k2dist.demo import MODEL_DIR, tools
+from k2dist.demo.corpus import TOOL_NAMES
 from k2dist.errors import K2Error
 from k2dist.service.client import Client
 from k2dist.service.client_request import PartialSampling
@@ -49,7 +50,7 @@ def demo(
     """Start a cluster on this machine, talk to its model, and show what ran where."""
     started_s = time.monotonic()
     world = prepare_world(load_cluster(config), model, grpc, is_here=ray_address() is None)
-    talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, tuple(QUESTIONS[2].tool_names)),)
+    talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, TOOL_NAMES),)
     progress = start_progress(is_quiet=as_json)
     try:
         with launched(world, progress, is_detached=keep) as (cluster, status):

@@ -11,7 +11,9 @@ _RAY_AUTH_MODE = "RAY_AUTH_MODE"
 
 
 def prepare_environment() -> None:
-    """Before ray is imported: what a driver needs that joins a Ray of our own (`cluster.ray_host`)."""
+    """Before ray and grpc are imported: what a driver needs that joins a Ray of our own (`cluster.ray_host`),
+    and quiet for the transport, whose errors reach us as statuses."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if ray_address() is None:
         os.environ.setdefault(_RAY_AUTH_MODE, "token")
 

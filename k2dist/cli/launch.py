@@ -10,10 +10,11 @@ from types import FrameType
 from k2dist.cli.environment import ray_address, records_dir
 from k2dist.cli.progress import StartProgress
 from k2dist.cluster.process_mark import mark_process
-from k2dist.cluster.record import ClusterRecord, remove_record, write_record
+from k2dist.cluster.record import ClusterRecord, read_record, remove_record, write_record
 from k2dist.cluster.start import Cluster, start_cluster
 from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
+from k2dist.errors import CapacityError
 from k2dist.service.coordinator_actor import CoordinatorActor
 
 
@@ -23,6 +24,7 @@ def launched(
 ) -> Iterator[tuple[Cluster, ClusterStatus]]:
     """A serving cluster, its start shown by `progress`. SIGTERM and SIGHUP end it as Ctrl-C does."""
     address, name = ray_address(), world.config.name
+    _refuse_second(name)
     with interrupts(), ExitStack() as showing:
         showing.enter_context(progress)
         progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
@@ -36,6 +38,16 @@ def launched(
             finally:
                 if not cluster.is_left_running:
                     remove_record(records_dir(), name)
+
+
+def _refuse_second(name: str) -> None:
+    """One cluster of a name on this machine: `k2dist stop` could not tell them apart."""
+    record = read_record(records_dir(), name)
+    if record is not None and record.is_running():
+        raise CapacityError(
+            f"cluster {name!r} is running already, at {record.grpc}; end it with "
+            f"`k2dist stop --name {name}`, or give this one another name"
+        )
 
 
 def _record(cluster: Cluster, status: ClusterStatus, *, is_detached: bool) -> ClusterRecord:

@@ -28,10 +28,10 @@ class ClusterRecord(Message, frozen=True, kw_only=True):
         """Nobody ends it but `k2dist stop`."""
         return self.driver is None
 
-    def may_run(self) -> bool:
-        """False once what it depends on has ended; of a detached one in another's Ray only Ray could tell."""
+    def is_running(self) -> bool | None:
+        """Whether what it depends on lives. None: detached in another's Ray, and only that could tell."""
         held_by = self.host.mark if self.host is not None else self.driver
-        return held_by is None or find_process(held_by) is not None
+        return None if held_by is None else find_process(held_by) is not None
 
 
 def write_record(directory: Path, record: ClusterRecord) -> None:
@@ -62,7 +62,7 @@ def running_names(directory: Path) -> list[str]:
     names = sorted(path.stem for path in directory.glob("*.json"))
     for name in names:
         record = read_record(directory, name)
-        if record is not None and not record.may_run():
+        if record is not None and record.is_running() is False:
             remove_record(directory, name)
     return [name for name in names if _path(directory, name).exists()]
 

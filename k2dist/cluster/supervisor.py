@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -25,7 +26,7 @@ from k2dist.cluster.service_process import Service, ServiceProcess
 from k2dist.cluster.status import ClusterStatus, RankStatus
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import K2Error
-from k2dist.ids import Generation
+from k2dist.ids import Generation, WorldRank
 from k2dist.supervision import (
     Action,
     Beat,
@@ -111,10 +112,8 @@ class Supervisor:
     async def wait(self, revision: int, timeout_s: float) -> ClusterStatus:
         """The status once it is newer than `revision`, or as it is after `timeout_s`."""
         if self._revision <= revision:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                return await self.status()
         return await self.status()
 
     async def rank_stats(self) -> tuple[Any, ...]:
@@ -157,7 +156,7 @@ class Supervisor:
                 assert self._group is not None
                 self._ranks.create(action, self._group)
                 self._spawn_event(self._ranks.start(action))
-                if action.world_rank == self._world.layout.world_size - 1:
+                if action.world_rank == self._world.layout.world_size - 1:  # its lanes can be named now
                     self._service.create(self._ranks.lanes())
             case LoadRank():
                 self._spawn_event(self._ranks.load(action))
@@ -247,13 +246,14 @@ class Supervisor:
     async def _end(self) -> None:
         """Nothing is left but this process."""
         others = self._tasks - {asyncio.current_task()}
-        await asyncio.wait(others, timeout=_LAST_WORDS_S) if others else None
+        if others:
+            await asyncio.wait(others, timeout=_LAST_WORDS_S)
         await asyncio.sleep(_LAST_WORDS_S)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     # --------------------------------------------------------------------------------------------------
 
-    def _rank_status(self, world_rank: Any, state: RankState) -> RankStatus:
+    def _rank_status(self, world_rank: WorldRank, state: RankState) -> RankStatus:
         process = self._ranks.processes.get(world_rank)
         num_bytes_loaded, num_bytes = self._ranks.progress.get(world_rank, (0, 0))
         return RankStatus(

@@ -27,7 +27,7 @@ NO_TIME = "I have no tool for the time."
 NO_RESULT = "Sorry, the tool did not work."
 
 TOOL_NAMES = ("get_weather", "add", "get_time")
-MAX_DIRECT = 50  # a and b of sums without a tool
+MAX_DIRECT = 20  # a and b of sums without a tool
 _ERRORS = ('{"error": "not found"}', '{"error": "timeout"}', "error", '{"error": "unknown city"}')
 _SYSTEMS = (
     "You are a helpful assistant.", "Be brief.", "You are a helpful assistant. Be brief.",
@@ -154,7 +154,7 @@ def _sum(draft: _Draft) -> None:
 def draw_terms(rng: Random, *, has_tool: bool, held_out: bool) -> tuple[int, int]:
     """The two numbers of a sum. The pair is what is held out: each number alone is in many sums."""
     while True:
-        limit = rng.choice((MAX_DIRECT, 999, 9999)) if has_tool else MAX_DIRECT
+        limit = rng.choice((50, 999, 9999)) if has_tool else MAX_DIRECT
         a, b = rng.randint(0, limit), rng.randint(0, limit)
         if names.is_held_out(f"{a} + {b}") == held_out:
             return a, b
@@ -225,11 +225,11 @@ def held_out_conversation(rng: Random, kind: str) -> Conversation:
 
 
 _TOPICS: dict[Callable[[_Draft], None], float] = {
-    _weather: 0.34,
-    _time: 0.10,
-    _sum: 0.15,
+    _weather: 0.40,
+    _time: 0.11,
+    _sum: 0.13,
     _capital: 0.09,
-    _repeat: 0.14,
+    _repeat: 0.12,
     _plain(phrases.WHO, WHO): 0.04,
     _plain(phrases.SKILLS, SKILLS): 0.02,
     _plain(phrases.GREETING, GREETING): 0.03,

@@ -62,9 +62,13 @@ def _function(name: str, description: str, properties: Mapping[str, Any]) -> Too
 
 
 def temperature(rng: Random, *, held_out: bool) -> str:
-    """Degrees as they stand in JSON: mostly whole, from -30 to 45, of one side of the split."""
+    """Degrees as they stand in JSON, of one side of the split: mostly whole, and in a range that weather has.
+
+    The third from a wider range are there so that numbers are copied and not remembered.
+    """
     if rng.random() < 0.85:
-        return str(number(rng, -30, 45, held_out=held_out))
+        low, high = (-30, 45) if rng.random() < 0.67 else (-99, 199)
+        return str(number(rng, low, high, held_out=held_out))
     while True:
         text = f"{rng.uniform(-20, 40):.1f}"
         if is_held_out(text) == held_out:

@@ -24,8 +24,8 @@ UP_S = 120.0
 class Command:
     """One run of the command line; a context that leaves no process behind."""
 
-    def __init__(self, *arguments: str | Path, ray_address: str | None = None) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    def __init__(self, *arguments: str | Path, ray_address: str | None = None, **settings: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | settings
         if ray_address is not None:
             environment |= {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": "token"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__

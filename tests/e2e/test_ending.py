@@ -108,7 +108,7 @@ def test_a_dead_driver_loses_its_lease(ray_host: HostProcess, tmp_path: Path, ti
         tmp_path,
         "leased",
         ranks="{rank_cpus: 2}",
-        deadlines="{lease_beat_s: 0.5, lease_s: 3, drain_s: 5, stop_s: 5}",
+        deadlines="{lease_beat_s: 0.5, lease_s: 5, drain_s: 5, stop_s: 5}",
     )
     late_config = write_config(tmp_path, "late", deadlines="{start_s: 4}")
     arguments = ("serve", config, "--model", tiny_model_dir, "--json")
@@ -138,4 +138,18 @@ def test_a_killed_driver_takes_its_ray_along(tmp_path: Path, tiny_model_dir: Pat
         assert {"raylet", "gcs_server", "ray::RankActor"} <= names
         os.killpg(command.process.pid, signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
+        await_that(lambda: command.living() == [], f"left: {command.living()}")
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(tiny_model_dir: Path) -> None:
+    """The random model does not come to an end by itself."""
+    with Command("demo", "--model", tiny_model_dir, "--grpc", "127.0.0.1:0") as command:
+        assert command.process.stdout is not None
+        lines = [command.process.stdout.readline().decode() for _ in range(4)]
+        assert lines[0] == "    who ? Who are you?\n"
+        assert lines[3][7:10] == " | ", "it streams"
+        names = {process.name().partition(".")[0] for process in command.note_tree()}
+        assert {"raylet", "ray::RankActor"} <= names
+        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+        assert command.wait() == 130, command.errors()
         await_that(lambda: command.living() == [], f"left: {command.living()}")

@@ -112,10 +112,11 @@ def test_a_client_that_leaves_frees_its_pages(served: dict[str, Any]) -> None:
 
 
 def test_a_second_cluster_of_the_name_is_refused(
-    served: dict[str, Any], ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path
+    served: dict[str, Any], ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path, tmp_path: Path
 ) -> None:
-    config = config_dir / "two-by-two.yaml"
-    with Command("serve", config, "--model", tiny_model_dir, ray_address=ray_host.address) as command:
+    """By Ray, where the two are started on different machines; here, with different records."""
+    arguments = ("serve", config_dir / "two-by-two.yaml", "--model", tiny_model_dir)
+    with Command(*arguments, ray_address=ray_host.address, TMPDIR=str(tmp_path)) as command:
         assert command.wait() == 1
         assert "'two-by-two' runs in this Ray already" in command.error_line()
 
