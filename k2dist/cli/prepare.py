@@ -10,13 +10,15 @@ from msgspec.structs import replace
 from k2dist.cluster.world import World, plan_world
 from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig, faults_between, split_address
+from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
 from k2dist.parallel import shard_plan
 from k2dist.text import Tokenizer
 
 
 def prepare_world(config: ClusterConfig, model_dir: Path | None, grpc: str | None, *, is_here: bool) -> World:
-    """The plan of a cluster, checked. `model_dir` and `grpc` of the command line win over the config's.
+    """The plan of a cluster, checked. `model_dir` and `grpc` of the command line win over the config's; if
+    neither names a model it is the demo's.
 
     `is_here`: its coordinator will run on this machine, so the port must be free here. Errors: ConfigError,
     CheckpointError, LayoutError, CapacityError.
@@ -27,9 +29,7 @@ def prepare_world(config: ClusterConfig, model_dir: Path | None, grpc: str | Non
         if faults:
             raise ConfigError("\n".join(f"--grpc: {fault}" for fault in faults))
     if model_dir is None:
-        if config.model is None:
-            raise ConfigError("model: the config names no model directory; give one with --model")
-        model_dir = Path(config.model)
+        model_dir = MODEL_DIR if config.model is None else Path(config.model)
     world = plan_world(config, model_dir)
     if is_here:
         check_port(config.service.grpc)

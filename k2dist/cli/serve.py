@@ -22,7 +22,9 @@ from k2dist.errors import UnavailableError
 
 def serve(
     config: Annotated[Path, typer.Argument(help="Cluster YAML; see cluster_configs/.")],
-    model: Annotated[Path | None, typer.Option(help="Model directory; default: the config's.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; default: the config's, else the demo's.")
+    ] = None,
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT to listen on; default: the config's.")] = None,
     detach: Annotated[bool, typer.Option(help="Return once it serves; `k2dist stop` ends it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one JSON object.")] = False,
