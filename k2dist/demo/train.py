@@ -6,10 +6,10 @@ Data: `corpus.conversations(seed)`, every batch new, with some copying drills. M
 AdamW; warm-up, constant rate, then a linear fall to nothing over the last `FALL` of the steps. DIR receives
 the vocabulary, the configs, train.log and state.pt; `python -m k2dist.demo.export` makes a checkpoint of it.
 
-The committed checkpoint took 1,600 steps of some 3,700 tokens on one core (seed 1; about a second a step), in
-three goes that each resumed the last: to step 300 at full rate with 4% drills; to 900, falling as if to end at
-1,100; to 1,600, falling to nothing. The first two saw an older corpus: direct sums up to 50 + 50, temperatures
-from -30 to 45 alone, and slightly other shares of topics. A run in one go therefore gives other bytes.
+The committed checkpoint took 1,600 steps of some 3,700 tokens on one core (seed 1; about a second a step),
+in three goes that each resumed the last: to step 300 at full rate with 4% drills; to 900, falling as if to
+end at 1,100; to 1,600, falling to nothing. The first two saw an older corpus: direct sums up to 50 + 50,
+temperatures from -30 to 45 alone, slightly other shares of topics. One go therefore gives other bytes.
 """
 
 from __future__ import annotations
