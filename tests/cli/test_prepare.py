@@ -6,9 +6,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from k2dist.cli.prepare import check_port, prepare_world
 from k2dist.config.cluster import ClusterConfig, ParallelConfig
+from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, CheckpointError, ConfigError
 
 CONFIG = ClusterConfig(name="a", parallel=ParallelConfig(lanes=1, tp=2))
@@ -20,9 +22,11 @@ def test_the_command_line_wins_over_the_config(tiny_model_dir: Path) -> None:
     assert world.model_dir == str(tiny_model_dir)
 
 
-def test_a_model_has_to_be_named_somewhere() -> None:
-    with pytest.raises(ConfigError, match="--model"):
-        prepare_world(CONFIG, None, None, is_here=False)
+def test_where_nobody_names_a_model_it_is_the_demos() -> None:
+    assert prepare_world(CONFIG, None, None, is_here=False).model_dir == str(MODEL_DIR)
+    elsewhere = replace(CONFIG, model="nosuch")
+    with pytest.raises(CheckpointError, match="nosuch"):
+        prepare_world(elsewhere, None, None, is_here=False)
 
 
 def test_an_address_that_is_none_is_the_options_fault(tiny_model_dir: Path) -> None:
