@@ -6,6 +6,7 @@ K2Error
 │   ├── LayoutError         a layout that cannot work (cuts a scale block, more ranks than experts, ...)
 │   └── RequestError        one request's prompt or sampling; the others go on
 ├── CheckpointError         the model directory: missing, extra, truncated or mis-shaped
+├── FaultyRankError         one rank: its memory or its kernels do not give the right numbers
 ├── CapacityError           cannot be done here and now: a port in use, too few CPUs, a full queue
 ├── PeerError               a rank or process that this one waited for did not arrive in time
 ├── FencedError             this generation has ended; its step must be repeated in the next one
@@ -45,6 +46,10 @@ class RequestError(UsageError):
 
 class CheckpointError(K2Error):
     """The model directory is not what its config.json and index promise."""
+
+
+class FaultyRankError(K2Error):
+    """A rank does not hold or compute what it should; the message names rank, tensor or layer. Replace it."""
 
 
 class CapacityError(K2Error):

@@ -63,6 +63,7 @@ class Sampling(Message, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()  # the client's own, besides the model's end tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; n: the sampled token and the n likeliest
+    prompt_logprobs: int | None = None  # as `logprobs`, of each prompt token but the first; with output 0
 
 
 class Request(Message, frozen=True, kw_only=True):
@@ -74,6 +75,8 @@ class Request(Message, frozen=True, kw_only=True):
     num_outputs: int = 1
     tenant: str = ""
     priority: int = 0  # higher runs first
+    # From its admission to a lane; outputs that still run then end with ABORT and an error. None: no limit.
+    timeout_s: float | None = None
     # Tokens already generated (recovery): output_index -> ids. They are known, and not emitted again.
     generated: dict[int, tuple[int, ...]] = {}
 
@@ -92,7 +95,7 @@ class Usage(Message, frozen=True, kw_only=True):
     completion_tokens: int = 0
 
 
-class Event(Message, frozen=True, kw_only=True):
+class Event(Message, frozen=True, kw_only=True, gc=False):
     """A delta of one output: tokens [first_index, first_index + len(token_ids)), then perhaps its end."""
 
     request_id: RequestId
@@ -100,10 +103,13 @@ class Event(Message, frozen=True, kw_only=True):
     first_index: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    # Of the prompt's tokens from number `first_prompt_index` (at least 1) on; before all tokens of output 0.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    first_prompt_index: int = 0
     finish: FinishReason | None = None
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     usage: Usage | None = None  # with `finish`: of this output alone
-    error: str = ""  # with FinishReason.ERROR
+    error: str = ""  # with FinishReason.ERROR; with ABORT, if it was not the client: its time is up
 
 
 class NewSequence(Message, frozen=True, kw_only=True):
@@ -117,13 +123,14 @@ class NewSequence(Message, frozen=True, kw_only=True):
     sampling: Sampling
 
 
-class Grant(Message, frozen=True, kw_only=True):
+class Grant(Message, frozen=True, kw_only=True, gc=False):
     """Permission for one sequence to compute positions [start, start + num_tokens) this step."""
 
     seq_id: SeqId
     start: int
     num_tokens: int
     samples: bool  # the last granted position yields the next token
+    scores: bool = False  # each granted position yields the logprob of the prompt token after it, if any
 
 
 class PageTable(Message, frozen=True, kw_only=True):
@@ -153,6 +160,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     seq_ids: tuple[SeqId, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # in the order of the plan's scoring grants
 
 
 class LaneLoad(Message, frozen=True, kw_only=True):
@@ -162,7 +170,9 @@ class LaneLoad(Message, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     num_pages: int
-    num_pages_free: int
+    num_pages_free: int  # those included that still hold a prefix
+    num_tokens_waiting: int = 0  # known tokens of all that wait: what it would have to compute first
+    num_pages_cached: int = 0  # free, and of use to a prompt that begins with what they hold
 
 
 class AdmitReply(Message, frozen=True, kw_only=True):

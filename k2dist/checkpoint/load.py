@@ -2,13 +2,14 @@
 
 index.json -> files -> headers        what there is, all of it, before any tensor is read
 shard plan                            what should be there, and which rectangles this rank wants
-ranged reads                          those bytes and no others, several files at a time
+ranged reads                          those bytes and no others, several pieces at a time
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -19,10 +20,13 @@ from torch import Tensor
 from k2dist.checkpoint.names import INDEX_NAME, SINGLE_NAME
 from k2dist.checkpoint.safetensors_file import SafetensorsFile
 from k2dist.errors import CheckpointError
+from k2dist.parallel.files import FileMap
 from k2dist.parallel.published import SCALE_SUFFIX
 from k2dist.parallel.shard_plan import ShardPlan, TensorRead
 
 NUM_FAULTS_SHOWN = 5
+NUM_THREADS = 8  # of one rank; they wait for storage, not for a core
+PIECES_AHEAD = 8  # for each thread: K2's scales are 3,584 bytes, so one piece ahead would starve it
 
 
 def load_shard(
@@ -30,8 +34,9 @@ def load_shard(
 ) -> dict[str, Tensor]:
     """Every tensor of `plan.reads` by its published name, sliced, on the CPU.
 
-    `progress(bytes done, bytes in all)` after each tensor, from the calling thread. Memory in use: the
-    shard's own bytes. Raises `CheckpointError` naming tensor, file, what was expected and what was found.
+    `progress(bytes done, bytes in all)` after each piece, from the calling thread. Memory in use: the
+    shard's own bytes, read to where they stay. Raises `CheckpointError` naming tensor, file, what was
+    expected and what was found.
     """
     with CheckpointFiles(model_dir) as files:
         files.check(plan)
@@ -65,23 +70,42 @@ class CheckpointFiles:
         """Raise `CheckpointError` unless the files hold what `plan` expects, and nothing besides."""
         _raise_faults(self.model_dir, self._plan_faults(plan))
 
+    def maps(self) -> list[FileMap]:
+        """Where every tensor lies, file by file."""
+        files = dict.fromkeys(self._file_of.values())
+        return [FileMap(file.path.name, file.header_bytes, file.num_bytes, file.tensors) for file in files]
+
     def read(self, wanted: TensorRead) -> Tensor:
         return self._file_of[wanted.name].read(wanted)
 
     def read_all(
-        self, plan: ShardPlan, progress: Callable[[int, int], None] | None = None, num_threads: int = 4
+        self,
+        plan: ShardPlan,
+        progress: Callable[[int, int], None] | None = None,
+        num_threads: int = NUM_THREADS,
     ) -> dict[str, Tensor]:
-        """The plan's tensors; reads overlap, since one thread seldom saturates a disk."""
+        """The plan's tensors, in its order. Threads share the pieces of all files, also of one tensor: one
+        thread seldom saturates a disk, and half of a small shard may be embedding and head."""
         num_bytes = plan.num_bytes
         tensors: dict[str, Tensor] = {}
+        under_way: deque[Future[int]] = deque()
+
+        def finish_one() -> None:
+            self.num_bytes_read += under_way.popleft().result()
+            if progress is not None:
+                progress(self.num_bytes_read, num_bytes)
+
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
         try:
-            for wanted, tensor in zip(plan.reads, pool.map(self.read, plan.reads), strict=True):
+            for wanted in plan.reads:
                 assert wanted.name not in tensors, wanted.name
-                tensors[wanted.name] = tensor
-                self.num_bytes_read += tensor.nbytes
-                if progress is not None:
-                    progress(self.num_bytes_read, num_bytes)
+                tensors[wanted.name], pieces = self._file_of[wanted.name].open_read(wanted)
+                for fill in pieces:
+                    if len(under_way) >= num_threads * PIECES_AHEAD:
+                        finish_one()
+                    under_way.append(pool.submit(fill))
+            while under_way:
+                finish_one()
         finally:
             pool.shutdown(cancel_futures=True)  # a fault does not wait for the rest of the shard
         return tensors

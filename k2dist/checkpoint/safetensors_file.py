@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from k2dist.errors import CheckpointError
+from k2dist.parallel.files import StoredTensor
 from k2dist.parallel.published import DTYPE_BYTES
-from k2dist.parallel.shard_plan import TensorRead
+from k2dist.parallel.shard_plan import ByteRuns, TensorRead
 
 TORCH_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
+PIECE_BYTES = 16 * 2**20  # of one call to the file system: large enough for disks, small enough for progress
 HEADER_BYTES_MAX = 100_000_000  # the format's own bound; K2's largest header has about 400,000
 
 
@@ -31,16 +34,6 @@ class _Entry(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: bytes [begin, end) of its file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class SafetensorsFile:
@@ -54,7 +47,7 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}; fetch this file again") from error
         try:
-            self.header_bytes, self.tensors = self._read_header()
+            self.header_bytes, self.num_bytes, self.tensors = self._read_header()
         except BaseException:
             self.close()
             raise
@@ -70,21 +63,44 @@ class SafetensorsFile:
 
     def read(self, wanted: TensorRead) -> Tensor:
         """The rectangle, as a CPU tensor that owns just its bytes. No byte outside it is read."""
-        stored = self.tensors[wanted.name]
-        buffer = torch.empty(wanted.num_bytes, dtype=torch.uint8)
-        target = buffer.numpy().data
-        item = DTYPE_BYTES[wanted.dtype]
-        width = 1 if len(wanted.shape) == 1 else wanted.shape[1]
-        run = (wanted.col_stop - wanted.col_start) * item
-        first = stored.begin + (wanted.row_start * width + wanted.col_start) * item
-        if run == width * item:  # whole rows lie one after the other
-            self._fill(target, first, wanted.name)
-        else:
-            for row in range(wanted.row_stop - wanted.row_start):
-                self._fill(target[row * run : (row + 1) * run], first + row * width * item, wanted.name)
-        return buffer.view(TORCH_DTYPES[wanted.dtype]).view(wanted.cut_shape)
+        tensor, pieces = self.open_read(wanted)
+        for fill in pieces:
+            fill()
+        return tensor
 
-    def _read_header(self) -> tuple[int, dict[str, StoredTensor]]:
+    def open_read(self, wanted: TensorRead) -> tuple[Tensor, Iterator[Callable[[], int]]]:
+        """The rectangle, still empty, and calls that fill it piece by piece, in any order and thread.
+
+        Each call returns the bytes that it has read: about `PIECE_BYTES`. Together they read every byte once.
+        """
+        begin = self.tensors[wanted.name].begin
+        buffer = torch.empty(wanted.num_bytes, dtype=torch.uint8)
+        pieces = self._pieces(buffer.numpy().data, begin, wanted)
+        return buffer.view(TORCH_DTYPES[wanted.dtype]).view(wanted.cut_shape), pieces
+
+    def _pieces(self, target: memoryview, begin: int, wanted: TensorRead) -> Iterator[Callable[[], int]]:
+        runs = wanted.runs
+        if runs.num_runs == 1:
+            for start in range(0, runs.run_bytes, PIECE_BYTES):
+                part = target[start : start + PIECE_BYTES]
+                yield partial(self._fill_run, part, begin + runs.first + start, wanted.name)
+            return
+        step = max(PIECE_BYTES // runs.stride, 1)  # a piece by its span in the file, as a disk sees it
+        for start in range(0, runs.num_runs, step):
+            rows = range(start, min(start + step, runs.num_runs))
+            yield partial(self._fill_rows, target, begin, wanted.name, runs, rows)
+
+    def _fill_run(self, target: memoryview, offset: int, name: str) -> int:
+        self._fill(target, offset, name)
+        return len(target)
+
+    def _fill_rows(self, target: memoryview, begin: int, name: str, runs: ByteRuns, rows: range) -> int:
+        for row in rows:
+            part = target[row * runs.run_bytes : (row + 1) * runs.run_bytes]
+            self._fill(part, begin + runs.first + row * runs.stride, name)
+        return len(rows) * runs.run_bytes
+
+    def _read_header(self) -> tuple[int, int, dict[str, StoredTensor]]:
         file_bytes = os.fstat(self._fd).st_size
         if file_bytes < 8:
             raise CheckpointError(
@@ -107,7 +123,7 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path}: {fault}: {file_bytes:,} bytes, expected {end:,}; fetch it again"
             )
-        return 8 + json_bytes, tensors
+        return 8 + json_bytes, file_bytes, tensors
 
     def _parse(self, text: bytes, data_begin: int) -> dict[str, StoredTensor]:
         try:

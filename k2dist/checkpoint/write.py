@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from k2dist.checkpoint.names import INDEX_NAME, shard_name
+from k2dist.checkpoint.names import INDEX_NAME
 from k2dist.checkpoint.quantise import quantise_block_fp8
 from k2dist.checkpoint.safetensors_file import TORCH_DTYPES
 from k2dist.config.architecture import Architecture
 from k2dist.errors import CapacityError, CheckpointError
+from k2dist.parallel.files import METADATA, by_file, shard_name
 from k2dist.parallel.published import (
     SCALE_SUFFIX,
     Published,
@@ -58,7 +59,7 @@ def write_checkpoint(
     leftovers = leftover_tensors(architecture) if with_inv_freq else ()
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    for number, group in enumerate(_grouped(architecture, num_shards, leftovers), start=1):
+    for number, group in enumerate(by_file(architecture, num_shards, leftovers), start=1):
         name = shard_name(number, num_shards, padded=padded_names)
         contents = {tensor.name: value for tensor, value in _published_values(architecture, tensors, group)}
         _write_file(model_dir / name, contents)
@@ -91,20 +92,6 @@ def _check_complete(architecture: Architecture, tensors: Mapping[str, Tensor]) -
         raise CheckpointError(f"cannot write a checkpoint, {len(faults)} faults: {shown}")
 
 
-def _grouped(
-    architecture: Architecture, num_shards: int, leftovers: Iterable[Published]
-) -> Iterator[list[Published]]:
-    """The tensors of each file: the embedding before the first layer, norm and head after the last."""
-    groups: list[list[Published]] = [[] for _ in range(num_shards)]
-    for tensor in (*published_tensors(architecture), *leftovers):
-        if tensor.layer is None:
-            index = 0 if tensor.name.startswith("model.embed_tokens") else num_shards - 1
-        else:
-            index = tensor.layer * num_shards // architecture.num_layers
-        groups[index].append(tensor)
-    yield from groups
-
-
 def _published_values(
     architecture: Architecture, tensors: Mapping[str, Tensor], group: Iterable[Published]
 ) -> Iterator[tuple[Published, Tensor]]:
@@ -135,17 +122,17 @@ def _quantise(name: str, weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _write_file(path: Path, contents: dict[str, Tensor]) -> None:
     num_bytes = sum(value.nbytes for value in contents.values())
-    with _appearing_whole(path, num_bytes) as part:
-        save_file(contents, part, metadata={"format": "pt"})
+    with appearing_whole(path, num_bytes) as part:
+        save_file(contents, part, metadata=METADATA)
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _appearing_whole(path, len(text)) as part:
+    with appearing_whole(path, len(text)) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _appearing_whole(path: Path, num_bytes: int) -> Iterator[Path]:
+def appearing_whole(path: Path, num_bytes: int) -> Iterator[Path]:
     """A name to write to; on success the bytes are made durable and take `path`, else nothing is left."""
     part = path.with_name(f".{path.name}.part")
     try:

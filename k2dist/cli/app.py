@@ -9,8 +9,11 @@ import typer
 
 from k2dist.cli.chat import chat
 from k2dist.cli.demo import demo
+from k2dist.cli.generate import generate
+from k2dist.cli.inspect import inspect
 from k2dist.cli.serve import serve
 from k2dist.cli.stop import stop
+from k2dist.cli.verify import verify
 from k2dist.errors import K2Error, UsageError
 
 app = typer.Typer(
@@ -22,7 +25,10 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(serve)
 app.command()(chat)
+app.command()(generate)
 app.command()(stop)
+app.command()(verify)
+app.add_typer(inspect, name="inspect")
 
 
 def run() -> None:

@@ -12,7 +12,8 @@ from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig, faults_between, split_address
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
-from k2dist.parallel import shard_plan
+from k2dist.parallel import shard_plans
+from k2dist.planner import check_memory, configured_terms, plan_memory
 from k2dist.text import Tokenizer
 
 
@@ -31,6 +32,8 @@ def prepare_world(config: ClusterConfig, model_dir: Path | None, grpc: str | Non
     if model_dir is None:
         model_dir = MODEL_DIR if config.model is None else Path(config.model)
     world = plan_world(config, model_dir)
+    terms = configured_terms(config)
+    check_memory(plan_memory(read_architecture(model_dir), world.layout, terms), config.cache.num_pages)
     if is_here:
         check_port(config.service.grpc)
     _check_model(world)
@@ -63,5 +66,5 @@ def _check_model(world: World) -> None:
     architecture = read_architecture(model_dir)
     Tokenizer.load(model_dir)
     with CheckpointFiles(model_dir) as files:
-        for place in world.layout.ranks:
-            files.check(shard_plan(architecture, world.layout, place.world_rank))
+        for plan in shard_plans(architecture, world.layout):
+            files.check(plan)

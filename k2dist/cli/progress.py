@@ -1,4 +1,7 @@
-"""How a cluster comes up, on stderr: bars on a terminal, a line per stage elsewhere, nothing with --json."""
+"""How a cluster comes up, on stderr: bars on a terminal, lines elsewhere, nothing with --json.
+
+While ranks load: bytes, rate, and the time left.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,14 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from k2dist.cluster.status import ClusterStatus
+from k2dist.observe.pace import Pace
+
+LINE_S = 5.0  # between two lines about loading
 
 _STAGES = {
     "new": "starting the supervisor",
@@ -69,12 +77,16 @@ class _Silence:
 
 
 class _Lines(_Silence):
-    """A line with the seconds since the start for each stage, and one when a rank has loaded."""
+    """A line with the seconds since the start for each stage, one now and then about all that is loaded, and
+    one when a rank has loaded."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
         self._stage = ""
         self._loaded: set[int] = set()
+        self._pace = Pace()
+        self._num_bytes_loaded = 0
+        self._line_s = self._started_s
 
     def stage(self, text: str) -> None:
         if text != self._stage:
@@ -87,9 +99,28 @@ class _Lines(_Silence):
                 self._loaded.add(rank.world_rank)
                 self._say(f"rank {rank.world_rank} has loaded {rank.num_bytes:,} bytes")
         self.stage(_STAGES[status.phase])
+        self._show_load(status, time.monotonic())
+
+    def _show_load(self, status: ClusterStatus, now_s: float) -> None:
+        done = sum(rank.num_bytes_loaded for rank in status.ranks)
+        total = sum(rank.num_bytes for rank in status.ranks)
+        if done < self._num_bytes_loaded:  # a rank was replaced and loads anew
+            self._pace = Pace()
+        self._num_bytes_loaded = done
+        self._pace.note(done, now_s)
+        if done < total and now_s >= self._line_s + LINE_S:
+            self._line_s = now_s
+            self._say(load_line(done, total, self._pace))
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._started_s:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def load_line(done: int, total: int, pace: Pace) -> str:
+    """Bytes of all ranks; the rate and the time left once they can be told."""
+    text = f"loaded {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+    rate, eta_s = pace.per_s, pace.eta_s(total)
+    return text if rate is None or eta_s is None else f"{text}, {rate / 1e9:.2f} GB/s, {eta_s:.0f} s left"
 
 
 class _Bars:
@@ -101,7 +132,9 @@ class _Bars:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         )

@@ -8,7 +8,7 @@ from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig
 from k2dist.ids import Generation, LaneId, WorldRank
 from k2dist.messages import Message
-from k2dist.parallel import Layout, first_layout
+from k2dist.parallel import Layout, configured_layout
 
 
 class World(Message, frozen=True, kw_only=True):
@@ -46,10 +46,5 @@ def plan_world(config: ClusterConfig, model_dir: Path) -> World:
     Errors: CheckpointError (no such model), ConfigError (its config.json), LayoutError (it cannot be cut so).
     """
     model_dir = model_dir.absolute()
-    layout = first_layout(
-        read_architecture(model_dir),
-        lanes=config.parallel.lanes,
-        tp=config.parallel.tp,
-        expert_only_ranks=config.parallel.expert_only_ranks,
-    )
+    layout = configured_layout(read_architecture(model_dir), config.parallel)
     return World(config=config, model_dir=str(model_dir), layout=layout)

@@ -28,6 +28,9 @@ class ParallelConfig(Message, frozen=True, kw_only=True):
     expert_only_ranks: Annotated[int, Meta(ge=0)] = (
         0  # hold experts and serve no lane: memory for weights only
     )
+    # Experts that each rank holds per layer; none: each expert once in all. More: second copies, which cost
+    # cache and let a rank or a node die without an expert being read again.
+    slots_per_rank: Count | None = None
 
     @property
     def world_size(self) -> int:
@@ -58,6 +61,19 @@ class RanksConfig(Message, frozen=True, kw_only=True):
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
     # pack: as few nodes as hold them; spread: over many; strict_*: so or not at all.
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+
+
+class NodesConfig(Message, frozen=True, kw_only=True):
+    """The machines, as far as what fits on them and what survives has to be known before they are rented."""
+
+    # Machines, each with as many ranks, neighbouring ranks on one; none: losses are counted in ranks only.
+    num_nodes: Count | None = None
+    # Memory of one rank's device (its share of the machine, without a GPU), as its driver reports it and not
+    # as its maker does; none: nothing is checked before the ranks start.
+    device_bytes: Count | None = None
+    # Of each device, for what no plan counts: the driver's context, kernels' code, the buffers of NCCL,
+    # captured graphs, fragmentation. Less: more cache, and the first long prompt may find none left.
+    reserve_bytes: Annotated[int, Meta(ge=0)] = 8 * 2**30
 
 
 class NetworkConfig(Message, frozen=True, kw_only=True):
@@ -119,6 +135,7 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     ranks: RanksConfig = RanksConfig()
+    nodes: NodesConfig = NodesConfig()
     network: NetworkConfig = NetworkConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     ray: RayConfig = RayConfig()
@@ -150,6 +167,12 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
         yield (
             f"service.grpc={config.service.grpc!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
             f"127.0.0.1:50051"
+        )
+    world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
+    if num_nodes is not None and world_size % num_nodes:
+        yield (
+            f"nodes.num_nodes={num_nodes}: {world_size} ranks (lanes x tp + expert_only_ranks) do not spread "
+            f"evenly; use a divisor of {world_size}, or other lanes"
         )
     if not config.network.address:
         yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"

@@ -4,12 +4,15 @@
 here knows of Ray, gRPC or HTTP.
 """
 
+from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import LocalWorld
 from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec, RankStats
 
 __all__ = [
     "Bells",
+    "Feed",
+    "Generated",
     "LanePort",
     "LoadReport",
     "LocalWorld",

@@ -14,7 +14,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from msgspec.structs import replace
 
 from k2dist.errors import CapacityError, RequestError, UnavailableError
 from k2dist.ids import Generation, LaneId, RequestId
@@ -87,6 +89,7 @@ class LanePort:
         self._first = 0  # number of the outbox's first event
         self._kept: dict[RequestId, _Kept] = {}
         self._closed = ""  # why no more requests are taken; empty while open
+        self.has_failed = False  # a rank of the lane has left its loop; else an error is of its request alone
 
     # -- the coordinator's side ------------------------------------------------------------------------
 
@@ -136,6 +139,7 @@ class LanePort:
         """End every live request with an error event that gives `reason`, and take no more."""
         with self._lock:
             self._closed = reason
+            self.has_failed = True
             for kept in self._kept.values():
                 for index, finish in enumerate(kept.finish):
                     if finish is None:
@@ -151,6 +155,15 @@ class LanePort:
     def plan(self, generation: Generation, step: int) -> StepPlan:
         with self._lock:
             return self._scheduler.plan(generation, step, self._clock())
+
+    def end(self, faults: Mapping[RequestId, str]) -> None:
+        """End these requests with an error event each; before the step that spoiled them is committed."""
+        with self._lock:
+            for request_id, reason in faults.items():
+                events = self._scheduler.abort(request_id, self._clock(), is_spoiled=True)
+                self._publish(
+                    tuple(replace(event, finish=FinishReason.ERROR, error=reason) for event in events)
+                )
 
     def commit(self, result: StepResult) -> None:
         with self._lock:

@@ -5,35 +5,34 @@ What differs from a cluster is only who hosts a rank and what carries the rows.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from k2dist.comm import Communicator, thread_group, thread_world
 from k2dist.config import read_architecture
+from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
 from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
-from k2dist.errors import CapacityError, K2Error, RequestError
 from k2dist.ids import Generation, LaneId, RequestId
-from k2dist.messages import FinishReason, Request, Sampling, TokenLogprob
+from k2dist.messages import Request, Sampling
 from k2dist.parallel import Layout, check_layout, first_layout
 from k2dist.scheduler import Limits
 
-
-@dataclass(slots=True)
-class Generated:
-    """One output so far; `finish` is None while it runs."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: FinishReason | None = None
-    error: str = ""
+_WAIT_S = 0.05  # for the next event of any lane
+_TOLD_S = 10.0  # from a lane's failure to its rank's: a few lines of the rank's thread
 
 
 class LocalWorld:
-    """Ranks as threads, from `__enter__` (weights are loaded then) to `__exit__`."""
+    """Ranks as threads, from `start` (weights are loaded then) to `close`; or as a context.
+
+    A rank that fails takes all others with it at once: requests end with an error, and `generate` raises what
+    the rank raised. The threads are daemons: whoever owns a world closes it, also at the interpreter's end.
+    """
 
     def __init__(
         self,
@@ -46,6 +45,7 @@ class LocalWorld:
         kernels: str = "auto",
         dtype: str = "bfloat16",
         step_deadline_s: float = 60.0,
+        retain_s: float = 60.0,
     ) -> None:
         architecture = read_architecture(model_dir)
         self.layout = layout or first_layout(architecture, lanes=1, tp=1)
@@ -62,39 +62,63 @@ class LocalWorld:
                 limits=limits,
                 kernels=kernels,
                 dtype=dtype,
+                retain_s=retain_s,
             )
 
         self.ranks = [RankRuntime(spec(w)) for w in range(self.layout.world_size)]
         self.ports: list[LanePort] = [rank.port for rank in self.ranks if rank.port is not None]
         self._threads: list[threading.Thread] = []
-        self._failures: list[K2Error] = []
+        self._failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
         self._num_requests = 0
 
     def ring_all(self, epoch: int) -> None:
         for rank in self.ranks:
             rank.ring(epoch)
 
-    def __enter__(self) -> LocalWorld:
+    def start(self) -> None:
         for rank, comms in zip(self.ranks, _connect(self.layout, self._step_deadline_s), strict=True):
             rank.load()
             rank.join(comms, self, Generation(0))
         self._threads = [
-            threading.Thread(target=self._host, args=(rank,), name=f"rank-{w}")
+            threading.Thread(target=self._host, args=(rank,), name=f"rank-{w}", daemon=True)
             for w, rank in enumerate(self.ranks)
         ]
         for thread in self._threads:
             thread.start()
+
+    def close(self) -> None:
+        """Stop after the step under way, and wait for the threads. What still runs gets no further event."""
+        for rank in self.ranks:
+            rank.stop()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a rank's, when garbage is collected there
+                thread.join()
+
+    def failure(self, timeout_s: float = 0.0) -> BaseException | None:
+        """What the first rank to fail raised, once one has; waits up to `timeout_s` for it."""
+        if self._failure is None:
+            with contextlib.suppress(queue.Empty):
+                self._failure = self._failures.get(timeout=timeout_s)
+        return self._failure
+
+    def raise_failure(self) -> NoReturn:
+        """Of a world in which a lane said that a rank failed: raise what that rank raised."""
+        failure = self.failure(_TOLD_S)
+        assert failure is not None, "a lane failed, and no rank"
+        raise failure
+
+    def __enter__(self) -> LocalWorld:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for rank in self.ranks:
-            rank.stop()
-        for thread in self._threads:
-            thread.join()
-        if self._failures and error is None:
-            raise self._failures[0]
+        self.close()
+        failure = self.failure()
+        if failure is not None and error is None:
+            raise failure
 
     def generate(
         self,
@@ -103,42 +127,36 @@ class LocalWorld:
         *,
         lane_of: Callable[[int], int] | None = None,
     ) -> list[Generated]:
-        """One output per prompt, in order. Prompt i goes to lane `lane_of(i)`, by default in turn."""
+        """One output per prompt, in order. Prompt i goes to lane `lane_of(i)`, by default in turn.
+
+        All are admitted at once: CapacityError if there are more than the lanes take, RequestError for the
+        first that is wrong; what was admitted is then cancelled. `k2dist.LLM` is for any number of prompts.
+        """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-        outputs: dict[RequestId, Generated] = {}
-        after = [port.events(0, 0.0).next for port in self.ports]
-        for i, (prompt, how) in enumerate(zip(prompts, samplings, strict=True)):
-            lane = lane_of(i) if lane_of is not None else i % len(self.ports)
-            request_id = RequestId(f"local-{self._num_requests}")
-            self._num_requests += 1
-            outputs[request_id] = Generated()
-            (reply,) = self.ports[lane].admit(
-                (Request(request_id=request_id, prompt=tuple(prompt), sampling=how),)
-            )
-            if reply.error:
-                raise (
-                    CapacityError(reply.error)
-                    if reply.retry_can_help
-                    else RequestError(reply.field, reply.error)
-                )
-        while any(output.finish is None for output in outputs.values()):
-            for lane, port in enumerate(self.ports):
-                batch = port.events(after[lane], timeout_s=0.01)
-                after[lane] = batch.next
-                for event in batch.events:
-                    output = outputs.get(event.request_id)
-                    if output is None:
-                        continue  # of a request that somebody else admitted
-                    output.token_ids += event.token_ids
-                    output.logprobs += event.logprobs
-                    output.finish, output.error = event.finish, event.error
-        return list(outputs.values())
+        feed = Feed(self.ports, lane_outputs=len(prompts))
+        outputs: list[Generated] = []
+        try:
+            for i, (prompt, how) in enumerate(zip(prompts, samplings, strict=True)):
+                lane = lane_of(i) if lane_of is not None else i % len(self.ports)
+                request_id = RequestId(f"local-{self._num_requests}")
+                self._num_requests += 1
+                request = Request(request_id=request_id, prompt=tuple(prompt), sampling=how)
+                outputs += feed.put(request, lane)
+            while len(feed) > 0:
+                feed.wait(_WAIT_S)
+        finally:
+            feed.cancel()
+        if any(port.has_failed for port in self.ports):
+            self.raise_failure()
+        return outputs
 
     def _host(self, rank: RankRuntime) -> None:
         try:
             rank.run()
-        except K2Error as error:
-            self._failures.append(error)
+        except BaseException as error:  # noqa: BLE001  carried to the thread that waits, and raised there
+            self._failures.put(error)
+            for other in self.ranks:
+                other.fence()
 
 
 def _connect(layout: Layout, deadline_s: float) -> list[RankComms]:

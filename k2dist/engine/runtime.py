@@ -1,6 +1,6 @@
 """A rank from its first byte to its last step.
 
-    load      read this rank's bytes, lay them out for the kernels, allocate the latent cache
+    load      read this rank's bytes, lay them out for the kernels, allocate the latent cache, self-test
     join      become a member of a generation's groups; weights and pages outlive generations
     run       plan, agree, step, commit; asleep while every lane is idle; until `stop` or a failure
 
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,14 +32,17 @@ from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.config import read_architecture
 from k2dist.engine.doorbell import Doorbell
+from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
+from k2dist.engine.readout import Outcome, Readout
+from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.ids import Generation
 from k2dist.messages import Message, StepPlan, StepResult
 from k2dist.model import decoder
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.sampler import sample
+from k2dist.model.sampler import VocabularySlice
 from k2dist.model.weights import Weights, assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
 from k2dist.scheduler import Limits, Scheduler
@@ -81,9 +85,12 @@ class Bells(Protocol):
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
+    """`load_s`: of reading and laying out, without the self-test."""
+
     num_tensors: int
     num_bytes: int
     load_s: float
+    self_test: SelfTestReport
 
 
 class RankStats(Message, frozen=True, kw_only=True):
@@ -121,6 +128,7 @@ class RankRuntime:
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
         self.port = self._open_port(tokenizer)
         self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
+        self._guard = RowGuard()
         self._is_stopping = threading.Event()
         self._weights: Weights | None = None
         self._cache: LatentCache | None = None
@@ -159,7 +167,10 @@ class RankRuntime:
     # -- the rank's own thread -------------------------------------------------------------------------
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> LoadReport:
-        """Read and lay out this rank's weights, allocate its pages. `progress(bytes read, bytes in all)`."""
+        """Read and lay out this rank's weights, allocate its pages, test itself.
+
+        `progress(bytes read, bytes in all)`, of the first read. Errors: CheckpointError, FaultyRankError.
+        """
         started_s = time.monotonic()
         plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
         tensors = load_shard(Path(self._spec.model_dir), plan, progress)
@@ -171,7 +182,17 @@ class RankRuntime:
             self._cache = LatentCache.allocate(
                 self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
             )
-        return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=time.monotonic() - started_s)
+        load_s = time.monotonic() - started_s
+        report = self_test(
+            Path(self._spec.model_dir),
+            self._architecture,
+            self._spec.layout,
+            self._spec.world_rank,
+            self._weights,
+            self._kernels,
+            page_tokens=self._spec.page_tokens,
+        )
+        return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=load_s, self_test=report)
 
     def join(self, comms: RankComms, bells: Bells, generation: Generation) -> None:
         """Become a member of `generation`, whose groups are `comms`. Not while `run` runs."""
@@ -209,6 +230,7 @@ class RankRuntime:
             if agreed.is_stopping:
                 return
             self._sequences.apply(plan)
+            self._guard.apply(plan)
             if agreed.num_rows > 0:
                 self._step(plan, member, weights)
             elif agreed.is_idle:
@@ -230,7 +252,7 @@ class RankRuntime:
     def _step(self, plan: StepPlan, member: _Membership, weights: Weights) -> None:
         started_s = time.monotonic()
         with torch.inference_mode():
-            logits_SV = decoder.forward(
+            x_SD = decoder.hidden(
                 self._sequences.batch(plan),
                 weights,
                 self._cache,
@@ -239,23 +261,38 @@ class RankRuntime:
                 self._architecture,
                 self._kernels,
             )
-            rows = self._sequences.row_samplings(plan)
-            sampled = sample(logits_SV, rows, end_token_ids=self._end_token_ids)
+            x_SD, faults = self._guard.check(x_SD, self._sequences.row_owners(plan))
+            outcome = self._read_out(plan, x_SD, member.comms.lane, weights)
         seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
-        for seq_id, token_id in zip(seq_ids, sampled.token_ids, strict=True):
+        for seq_id, token_id in zip(seq_ids, outcome.sampled.token_ids, strict=True):
             self._sequences.append(seq_id, token_id)
         if self.port is not None:
             result = StepResult(
                 generation=member.generation,
                 step=plan.step,
                 seq_ids=seq_ids,
-                token_ids=sampled.token_ids,
-                logprobs=sampled.logprobs,
+                token_ids=outcome.sampled.token_ids,
+                logprobs=outcome.sampled.logprobs,
+                prompt_logprobs=outcome.prompt_logprobs,
             )
+            self.port.end(faults)
             self.port.commit(result)
         self._num_steps += 1
         self._num_tokens += len(seq_ids)
         self._step_s_total += time.monotonic() - started_s
+
+    def _read_out(
+        self, plan: StepPlan, x_SD: torch.Tensor, lane: Communicator | None, weights: Weights
+    ) -> Outcome:
+        """What the plan wants of the last hidden rows; the same on all tp ranks. Collective over the lane."""
+        if lane is None or weights.lane is None:
+            return Outcome.nothing()
+        readout = Readout(
+            head=partial(decoder.head, weights=weights.lane, kernels=self._kernels),
+            vocabulary=VocabularySlice.of(lane, self._architecture.vocab_size),
+            end_token_ids=self._end_token_ids,
+        )
+        return readout.read(x_SD, self._sequences.row_samplings(plan), self._sequences.prompt_scores(plan))
 
     def _open_port(self, tokenizer: Tokenizer) -> LanePort | None:
         """The lane's inbox and outbox, on its first rank."""

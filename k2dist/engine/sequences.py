@@ -3,7 +3,8 @@
 Every tp rank of a lane keeps the same `Sequences`: plans tell it of new sequences and pages, and it appends
 the tokens that it samples itself (all tp ranks sample alike).
 
-Legend: T rows of the step, R decode rows, P pages of the longest table among them, S rows that sample.
+Legend: T rows of the step, R decode rows, P pages of the longest table among them, S rows that sample, then
+those that score a prompt token.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from k2dist.engine.readout import PromptScore
 from k2dist.ids import PageId, SeqId
 from k2dist.messages import Grant, NewSequence, Sampling, StepPlan
 from k2dist.model.batch import Batch, PromptSegment
-from k2dist.model.sampler import RowSampling
+from k2dist.model.sampler import RowSampling, SeenTokens, has_penalty
 
 
 @dataclass(slots=True)
@@ -24,6 +26,7 @@ class _Sequence:
     tokens: list[int]
     output_index: int
     sampling: Sampling
+    seen: SeenTokens | None  # where the request has penalties
     pages: list[PageId] = field(default_factory=list)
 
 
@@ -57,6 +60,7 @@ class Sequences:
         prompts: list[PromptSegment] = []
         decodes: list[tuple[int, int, list[PageId]]] = []  # row, keys visible, pages
         samples: list[int] = []
+        scores: list[int] = []
         for grant in plan.grants:
             seq = self._live[grant.seq_id]
             row, end = len(tokens), grant.start + grant.num_tokens
@@ -70,6 +74,7 @@ class Sequences:
                 decodes += ((row + i, grant.start + i + 1, seq.pages) for i in range(grant.num_tokens))
             if grant.samples:
                 samples.append(len(tokens) - 1)
+            scores += (row + position - grant.start for position in self._scoring(grant))
         num_pages = max((len(pages) for _, _, pages in decodes), default=0)
         return Batch(
             token_T=torch.tensor(tokens, dtype=torch.int64),
@@ -82,15 +87,38 @@ class Sequences:
             decode_page_RP=torch.tensor(
                 [pages + [PageId(0)] * (num_pages - len(pages)) for _, _, pages in decodes], dtype=torch.int64
             ).reshape(len(decodes), num_pages),
-            sample_S=torch.tensor(samples, dtype=torch.int64),
+            sample_S=torch.tensor(samples + scores, dtype=torch.int64),
         )
 
     def row_samplings(self, plan: StepPlan) -> list[RowSampling]:
-        """How to sample each row of `batch(plan).sample_S`, in its order."""
+        """How to sample the first rows of `batch(plan).sample_S`, in its order."""
         return [self._row_sampling(grant) for grant in plan.grants if grant.samples]
 
+    def prompt_scores(self, plan: StepPlan) -> list[list[PromptScore]]:
+        """What the other rows of `batch(plan).sample_S` score, in its order: a list per scoring grant."""
+        return [self._prompt_scores(grant) for grant in plan.grants if grant.scores]
+
+    def row_owners(self, plan: StepPlan) -> list[SeqId]:
+        """Whose row each of `batch(plan).sample_S` is, in its order."""
+        sampling = [grant.seq_id for grant in plan.grants if grant.samples]
+        return sampling + [grant.seq_id for grant in plan.grants for _ in self._scoring(grant)]
+
     def append(self, seq_id: SeqId, token_id: int) -> None:
-        self._live[seq_id].tokens.append(token_id)
+        seq = self._live[seq_id]
+        seq.tokens.append(token_id)
+        if seq.seen is not None:
+            seq.seen.counts[token_id] += 1
+
+    def _scoring(self, grant: Grant) -> range:
+        """Positions of the grant that have a prompt token behind them, if it scores any."""
+        last = self._live[grant.seq_id].prompt_len - 1
+        return range(grant.start, min(grant.start + grant.num_tokens, last) if grant.scores else grant.start)
+
+    def _prompt_scores(self, grant: Grant) -> list[PromptScore]:
+        seq = self._live[grant.seq_id]
+        assert seq.sampling.prompt_logprobs is not None, "a grant scores a prompt that nobody asks about"
+        num_top = seq.sampling.prompt_logprobs
+        return [PromptScore(seq.tokens[position + 1], num_top) for position in self._scoring(grant)]
 
     def _row_sampling(self, grant: Grant) -> RowSampling:
         seq = self._live[grant.seq_id]
@@ -98,8 +126,8 @@ class Sequences:
             sampling=seq.sampling,
             output_index=seq.output_index,
             position=grant.start + grant.num_tokens,  # of the token to be sampled
-            prompt=seq.tokens[: seq.prompt_len],
-            generated=seq.tokens[seq.prompt_len :],
+            num_generated=len(seq.tokens) - seq.prompt_len,
+            seen=seq.seen,
         )
 
     def _cache_index(self, seq: _Sequence, position: int) -> int:
@@ -119,6 +147,7 @@ def _begin(new: NewSequence) -> _Sequence:
         tokens=[*new.prompt, *new.generated],
         output_index=new.output_index,
         sampling=new.sampling,
+        seen=SeenTokens.of(new.prompt, new.generated) if has_penalty(new.sampling) else None,
     )
 
 

@@ -3,7 +3,10 @@
     tokens ─ embed, reduce ─> h               each rank of a lane keeps h of its own share of the lane's rows
     per layer    h += attention(norm h)       gathers and reduces rows over the lane
                  h += mlp(norm h)             dense: gathers and reduces; MoE: an exchange over the world
-    rows that sample ─ norm, gather ─ head ─ gather ─> logits of the whole vocabulary, on every tp rank
+    rows that sample ─ norm, gather ─ head ─> logits of this rank's slice of the vocabulary
+
+`hidden`, then `head` on as many of its rows at a time as memory allows; `forward` is both, with the slices
+gathered: whole rows of logits on every tp rank.
 
 A rank without rows (no lane, or an idle one) takes part in every MoE layer's exchange and in nothing else.
 
@@ -43,13 +46,40 @@ def forward(
 ) -> Tensor:
     """Logits of `batch.sample_S`: float32 [S, V], the same on all tp ranks. Collective over lane and world.
 
+    The plain way, for comparisons: a rank that serves samples from its slice. Arguments as of `hidden`.
+    """
+    x_SD = hidden(batch, weights, cache, lane, exchange, architecture, kernels, observer)
+    num_rows = len(x_SD)
+    if lane is None or weights.lane is None or num_rows == 0:
+        return torch.empty(0, architecture.vocab_size, dtype=torch.float32)
+    slice_rSv = lane.gather_rows(head(x_SD, weights.lane, kernels), [num_rows] * lane.size)
+    return slice_rSv.view(lane.size, num_rows, -1).transpose(0, 1).flatten(1)
+
+
+def head(x_SD: Tensor, weights: LaneWeights, kernels: KernelSet) -> Tensor:
+    """Logits of this rank's slice of the vocabulary: float32 [S, v]. A row's bits depend on it alone."""
+    return kernels.linear_bf16(x_SD, weights.head_vD, torch.float32)
+
+
+def hidden(
+    batch: Batch,
+    weights: Weights,
+    cache: LatentCache | None,
+    lane: Communicator | None,
+    exchange: Exchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+    observer: Observer | None = None,
+) -> Tensor:
+    """Rows `batch.sample_S` after the last norm, [S, D], on all tp ranks. Collective over lane and world.
+
     Writes the cache at `batch.write_T`. `cache` and `lane` are None on a rank without a lane, whose batch is
     empty. `observer(name, h_tD)` sees this rank's stream after the embedding and each half of a layer.
     """
     if lane is None or batch.num_rows == 0:
         for moe_layer, experts in enumerate(weights.experts):
             serve(moe_layer, experts, exchange, architecture, kernels)
-        return torch.empty(0, architecture.vocab_size, dtype=torch.float32)
+        return torch.empty(0, architecture.hidden_size, dtype=kernels.dtype)
     assert weights.lane is not None, "a rank of a lane has a lane's weights"
     assert cache is not None, "a rank of a lane has a cache"
     see = observer or _look_away
@@ -63,7 +93,7 @@ def forward(
         x_tD = kernels.rmsnorm(h_tD, layer.mlp_norm_D, architecture.rms_norm_eps)
         h_tD = h_tD + _mlp(x_tD, index, layer, weights, exchange, step)
         see(f"layers.{index}.mlp", h_tD)
-    return _logits(h_tD, weights.lane, step)
+    return _last_rows(h_tD, weights.lane, step)
 
 
 def _look_away(name: str, h_tD: Tensor) -> None:
@@ -93,19 +123,16 @@ def _mlp(
             return step.reduce(partial_TD)
 
 
-def _logits(h_tD: Tensor, weights: LaneWeights, step: LaneStep) -> Tensor:
-    """Only the rows that sample are normed, gathered and multiplied: [S, V]."""
-    lane, kernels, architecture = step.lane, step.kernels, step.architecture
+def _last_rows(h_tD: Tensor, weights: LaneWeights, step: LaneStep) -> Tensor:
+    """Only the rows that sample are normed and gathered: [S, D], in the order asked for."""
+    lane = step.lane
     row_S, order_S = step.batch.sample_S.sort(stable=True)
-    num_samples = len(row_S)
-    logit_SV = torch.empty(num_samples, architecture.vocab_size, dtype=torch.float32)
-    if num_samples == 0:
-        return logit_SV
+    if len(row_S) == 0:
+        return h_tD[:0]
     owner_S = torch.searchsorted(torch.tensor(step.batch.shares).cumsum(0), row_S, right=True)
     own_s = row_S[owner_S == lane.rank] - step.first_row
-    x_sD = kernels.rmsnorm(h_tD[own_s], weights.norm_D, architecture.rms_norm_eps)
-    x_SD = lane.gather_rows(x_sD, owner_S.bincount(minlength=lane.size).tolist())
-    slice_Sv = kernels.linear_bf16(x_SD, weights.head_vD, torch.float32)
-    slice_rSv = lane.gather_rows(slice_Sv, [num_samples] * lane.size).view(lane.size, num_samples, -1)
-    logit_SV[order_S] = slice_rSv.transpose(0, 1).flatten(1)
-    return logit_SV
+    x_sD = step.kernels.rmsnorm(h_tD[own_s], weights.norm_D, step.architecture.rms_norm_eps)
+    gathered_SD = lane.gather_rows(x_sD, owner_S.bincount(minlength=lane.size).tolist())
+    x_SD = torch.empty_like(gathered_SD)
+    x_SD[order_S] = gathered_SD
+    return x_SD

@@ -9,7 +9,7 @@ N unrotated, L latent and V value width of a head; V alone is the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +81,18 @@ class Weights:
 
 
 def assemble(
-    tensors: Mapping[str, Tensor], architecture: Architecture, place: RankPlace, tp: int, kernels: KernelSet
+    tensors: MutableMapping[str, Tensor],
+    architecture: Architecture,
+    place: RankPlace,
+    tp: int,
+    kernels: KernelSet,
 ) -> Weights:
-    """Lay out `tensors` for `kernels`. `CheckpointError`: one is missing, extra or mis-shaped."""
+    """Lay out `tensors` for `kernels`. `CheckpointError`: one is missing, extra or mis-shaped.
+
+    `tensors` is emptied, so that each is freed once it is laid out: two copies of a shard are never there.
+    """
     source = _Source(tensors, architecture.scale_block)
+    tensors.clear()
     lane = None if place.tp_rank is None else _lane(source, architecture, place.tp_rank, tp, kernels)
     experts = tuple(
         _experts(source, architecture, architecture.first_dense_layers + moe_layer, slots, kernels)
@@ -92,6 +100,35 @@ def assemble(
     )
     source.check_used_up()
     return Weights(lane, experts)
+
+
+def assemble_layer(
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    place: RankPlace,
+    tp: int,
+    kernels: KernelSet,
+    layer: int,
+) -> tuple[Layer | None, Experts | None]:
+    """What `assemble` makes of one decoder layer, from its tensors alone; None for what the rank lacks."""
+    source = _Source(tensors, architecture.scale_block)
+    lane_layer = None if place.tp_rank is None else _layer(source, architecture, layer, tp, kernels)
+    experts = None
+    if architecture.is_moe_layer(layer):
+        slots = place.experts[layer - architecture.first_dense_layers]
+        experts = _experts(source, architecture, layer, slots, kernels)
+    source.check_used_up()
+    return lane_layer, experts
+
+
+def assemble_ends(
+    tensors: Mapping[str, Tensor], architecture: Architecture, tp_rank: int, tp: int, kernels: KernelSet
+) -> LaneWeights:
+    """What `assemble` makes of embedding, last norm and head; without layers."""
+    source = _Source(tensors, architecture.scale_block)
+    ends = _ends(source, architecture, tp_rank, tp, kernels, ())
+    source.check_used_up()
+    return ends
 
 
 class _Source:
@@ -128,13 +165,25 @@ class _Source:
 def _lane(
     source: _Source, architecture: Architecture, tp_rank: int, tp: int, kernels: KernelSet
 ) -> LaneWeights:
+    layers = tuple(
+        _layer(source, architecture, layer, tp, kernels) for layer in range(architecture.num_layers)
+    )
+    return _ends(source, architecture, tp_rank, tp, kernels, layers)
+
+
+def _ends(
+    source: _Source,
+    architecture: Architecture,
+    tp_rank: int,
+    tp: int,
+    kernels: KernelSet,
+    layers: tuple[Layer, ...],
+) -> LaneWeights:
     hidden, rows = architecture.hidden_size, architecture.vocab_size // tp
     return LaneWeights(
         embed_vD=source.take("model.embed_tokens.weight", rows, hidden).to(kernels.dtype),
         first_token=rows * tp_rank,
-        layers=tuple(
-            _layer(source, architecture, layer, tp, kernels) for layer in range(architecture.num_layers)
-        ),
+        layers=layers,
         norm_D=source.take("model.norm.weight", hidden).to(kernels.dtype),
         head_vD=kernels.prepare_plain(source.take("lm_head.weight", rows, hidden)),
     )

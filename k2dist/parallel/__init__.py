@@ -1,23 +1,30 @@
 """Who computes what: the layout table, experts to slots, and which bytes of a checkpoint each rank reads."""
 
+from k2dist.parallel.files import FileMap, StoredTensor, file_maps
 from k2dist.parallel.layout import Layout, RankPlace, check_layout, legal_tp
-from k2dist.parallel.placement import expert_homes, first_layout
+from k2dist.parallel.placement import configured_layout, expert_homes, first_layout
 from k2dist.parallel.published import Published, Share, leftover_tensors, published_tensors
-from k2dist.parallel.shard_plan import ShardPlan, Skip, TensorRead, shard_plan
+from k2dist.parallel.shard_plan import ByteRuns, ShardPlan, Skip, TensorRead, shard_plan, shard_plans
 
 __all__ = [
+    "ByteRuns",
+    "FileMap",
     "Layout",
     "Published",
     "RankPlace",
     "ShardPlan",
     "Share",
     "Skip",
+    "StoredTensor",
     "TensorRead",
     "check_layout",
+    "configured_layout",
     "expert_homes",
+    "file_maps",
     "first_layout",
     "leftover_tensors",
     "legal_tp",
     "published_tensors",
     "shard_plan",
+    "shard_plans",
 ]

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from k2dist.config.architecture import Architecture
+from k2dist.config.cluster import ParallelConfig
 from k2dist.errors import LayoutError
 from k2dist.ids import ExpertId, LaneId, SlotId, TpRank, WorldRank
 from k2dist.parallel.layout import Layout, RankPlace, check_layout
+
+
+def configured_layout(architecture: Architecture, parallel: ParallelConfig) -> Layout:
+    """The first layout of a cluster, as its config asks for it. Raises `LayoutError`."""
+    return first_layout(
+        architecture,
+        lanes=parallel.lanes,
+        tp=parallel.tp,
+        expert_only_ranks=parallel.expert_only_ranks,
+        slots_per_rank=parallel.slots_per_rank,
+    )
 
 
 def first_layout(

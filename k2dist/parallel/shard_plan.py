@@ -15,6 +15,9 @@ A scale has its weight's cut, divided by the scale block. A rank without a lane 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 from k2dist.config.architecture import Architecture
 from k2dist.ids import WorldRank
@@ -32,6 +35,15 @@ NO_LANE = "this rank serves no lane"
 NO_SLOT = "expert without a slot on this rank"
 LEFTOVER = "leftover of training; rotary angles are computed"
 MTP = "multi-token prediction layer, not used"
+
+
+class ByteRuns(NamedTuple):
+    """Where a rectangle's bytes lie in its tensor: `num_runs` runs of `run_bytes`, `stride` bytes apart."""
+
+    first: int  # byte of the tensor where the first run begins
+    run_bytes: int
+    stride: int
+    num_runs: int
 
 
 class TensorRead(Message, frozen=True, kw_only=True):
@@ -57,6 +69,17 @@ class TensorRead(Message, frozen=True, kw_only=True):
     @property
     def num_bytes(self) -> int:
         return (self.row_stop - self.row_start) * (self.col_stop - self.col_start) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def runs(self) -> ByteRuns:
+        """One run where whole rows are read, since they lie one after the other; else a run per row."""
+        item = DTYPE_BYTES[self.dtype]
+        row_bytes = item if len(self.shape) == 1 else self.shape[1] * item
+        run_bytes = (self.col_stop - self.col_start) * item
+        first = self.row_start * row_bytes + self.col_start * item
+        if run_bytes == row_bytes:
+            return ByteRuns(first, self.num_bytes, self.num_bytes, 1)
+        return ByteRuns(first, run_bytes, row_bytes, self.row_stop - self.row_start)
 
 
 class Skip(Message, frozen=True, kw_only=True):
@@ -85,29 +108,68 @@ class ShardPlan(Message, frozen=True, kw_only=True):
 def shard_plan(architecture: Architecture, layout: Layout, world_rank: int) -> ShardPlan:
     """What `world_rank` reads and skips. Raises `LayoutError` if the layout is not legal."""
     check_layout(architecture, layout)
-    place = layout.place(world_rank)
-    held: list[frozenset[int]] = [frozenset(experts) for experts in place.experts]
-    reads: list[TensorRead] = []
-    skips: list[Skip] = []
-    for tensor in published_tensors(architecture):
-        reason = _skip_reason(tensor, place, held, architecture.first_dense_layers)
-        if reason:
-            skips.append(Skip(name=tensor.name, reason=reason))
-        else:
-            reads.append(_cut(tensor, place.tp_rank or 0, layout.tp))
-    skips += [Skip(name=t.name, reason=LEFTOVER, is_optional=True) for t in leftover_tensors(architecture)]
-    for layer in range(architecture.num_layers, architecture.num_layers + architecture.num_mtp_layers):
-        skips.append(Skip(name=f"model.layers.{layer}.*", reason=MTP, is_optional=True))
-    return ShardPlan(world_rank=WorldRank(world_rank), reads=tuple(reads), skips=tuple(skips))
+    return _Planner(architecture, layout.tp).plan(layout.place(world_rank))
 
 
-def _skip_reason(
-    tensor: Published, place: RankPlace, held: list[frozenset[int]], first_dense_layers: int
-) -> str | None:
-    if tensor.share is not Share.EXPERT:
-        return NO_LANE if place.lane is None else None
-    assert tensor.layer is not None
-    return None if tensor.expert in held[tensor.layer - first_dense_layers] else NO_SLOT
+def shard_plans(architecture: Architecture, layout: Layout) -> Iterator[ShardPlan]:
+    """The plans of all ranks, in order. They share what they have in common: 128 ranks of K2 take seconds."""
+    check_layout(architecture, layout)
+    planner = _Planner(architecture, layout.tp)
+    for place in layout.ranks:
+        yield planner.plan(place)
+
+
+class _Planner:
+    """Plans of the ranks of one layout. Tensors come in groups of one fate: a lane's, or one expert's."""
+
+    def __init__(self, architecture: Architecture, tp: int) -> None:
+        self._first_dense_layers = architecture.first_dense_layers
+        runs = groupby(published_tensors(architecture), key=lambda tensor: (tensor.layer, tensor.expert))
+        self._groups = [_Group(layer, expert, tuple(tensors), tp) for (layer, expert), tensors in runs]
+        self._optional = [
+            Skip(name=t.name, reason=LEFTOVER, is_optional=True) for t in leftover_tensors(architecture)
+        ]
+        for layer in range(architecture.num_layers, architecture.num_layers + architecture.num_mtp_layers):
+            self._optional.append(Skip(name=f"model.layers.{layer}.*", reason=MTP, is_optional=True))
+
+    def plan(self, place: RankPlace) -> ShardPlan:
+        held = [frozenset(experts) for experts in place.experts]
+        reads: list[TensorRead] = []
+        skips: list[Skip] = []
+        for group in self._groups:
+            if group.expert is not None:
+                assert group.layer is not None
+                if group.expert in held[group.layer - self._first_dense_layers]:
+                    reads += group.reads(0)
+                else:
+                    skips += group.skips(NO_SLOT)
+            elif place.tp_rank is not None:
+                reads += group.reads(place.tp_rank)
+            else:
+                skips += group.skips(NO_LANE)
+        return ShardPlan(world_rank=place.world_rank, reads=tuple(reads), skips=(*skips, *self._optional))
+
+
+@dataclass(slots=True)
+class _Group:
+    """Neighbouring tensors that a rank reads or skips together; each answer is worked out once."""
+
+    layer: int | None
+    expert: int | None
+    tensors: tuple[Published, ...]
+    tp: int
+    _reads: dict[int, list[TensorRead]] = field(default_factory=dict)  # by tp rank; experts' under 0
+    _skips: list[Skip] = field(default_factory=list)
+
+    def reads(self, tp_rank: int) -> list[TensorRead]:
+        if tp_rank not in self._reads:
+            self._reads[tp_rank] = [_cut(tensor, tp_rank, self.tp) for tensor in self.tensors]
+        return self._reads[tp_rank]
+
+    def skips(self, reason: str) -> list[Skip]:
+        if not self._skips:
+            self._skips = [Skip(name=tensor.name, reason=reason) for tensor in self.tensors]
+        return self._skips
 
 
 def _cut(tensor: Published, tp_rank: int, tp: int) -> TensorRead:

@@ -3,5 +3,14 @@
 from k2dist.scheduler.bounds import MAX_LOGPROBS, check_request, check_sampling
 from k2dist.scheduler.core import Scheduler
 from k2dist.scheduler.limits import Limits
+from k2dist.scheduler.resolve import PartialSampling, resolve_sampling
 
-__all__ = ["MAX_LOGPROBS", "Limits", "Scheduler", "check_request", "check_sampling"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "Limits",
+    "PartialSampling",
+    "Scheduler",
+    "check_request",
+    "check_sampling",
+    "resolve_sampling",
+]

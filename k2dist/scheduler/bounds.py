@@ -37,6 +37,8 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     _check("min_tokens", sampling.min_tokens, 0, sampling.max_tokens)
     if sampling.logprobs is not None:
         _check("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+    if sampling.prompt_logprobs is not None:
+        _check("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_LOGPROBS)
     for token_id, bias in sampling.logit_bias.items():
         _check("logit_bias", token_id, 0, vocab_size - 1)
         _check(f"logit_bias[{token_id}]", bias, -100.0, 100.0)

@@ -1,7 +1,7 @@
 """One lane's scheduler: requests in, a plan per step out, tokens back, events out.
 
 There are no phases. A sequence lags by `known_len - computed_len`; a step lets it catch up as far as tokens
-and pages reach. Prompts in chunks, preemption and recovery are all "computed_len changed".
+and pages reach. Prompts in chunks, prefix hits, preemption and recovery are all "computed_len changed".
 
     add ──> waiting ──plan: pages and a place──> running ──commit: the token that ends it──> gone
                ^                                    │
@@ -11,9 +11,11 @@ Rules that others rely on:
 - `plan` and `commit` alternate. A plan without grants may be left uncommitted (an idle lane takes no step).
 - A rank applies a plan in this order: released, new, page_tables, grants.
 - A page goes back to the pool only once the step that last wrote it is committed. As plan and commit
-  alternate, both may free at once; `abort` during a step leaves its pages until that step's commit.
+  alternate, both may free at once; `abort` during a step leaves its pages until that step's commit. Nor is a
+  page shared before: a prefix hit is of positions that a committed step has computed.
 - The token that ends an output (end token, stop id, last one of a stop string) is one of its tokens and is
   in its events, so that positions are gapless and a log can be rebuilt; whoever makes text drops it.
+- Whoever runs out of time ends with FinishReason.ABORT and an error that says so; a client's abort has none.
 """
 
 from __future__ import annotations
@@ -23,22 +25,16 @@ from itertools import count
 
 from msgspec import structs
 
-from k2dist.cache import PagePool
+from k2dist.cache import PagePool, page_keys
 from k2dist.errors import CapacityError, RequestError
 from k2dist.ids import Generation, LaneId, RequestId, SeqId
-from k2dist.messages import (
-    Event,
-    FinishReason,
-    Grant,
-    LaneLoad,
-    PageTable,
-    Request,
-    StepPlan,
-    StepResult,
-)
+from k2dist.messages import Event, FinishReason, Grant, LaneLoad, Request, StepPlan, StepResult
+from k2dist.scheduler.deadlines import Deadlines
+from k2dist.scheduler.flight import Flight
 from k2dist.scheduler.limits import Limits
+from k2dist.scheduler.policy import rank
 from k2dist.scheduler.refuse import refuse_impossible
-from k2dist.scheduler.roster import Roster
+from k2dist.scheduler.roster import Roster, by_rank
 from k2dist.scheduler.sequence import End, EndRules, Sequence
 
 
@@ -60,10 +56,11 @@ class Scheduler:
         max_positions: int,
     ) -> None:
         self._limits = limits
-        self._roster = Roster(pages, limits.max_running)
+        self._roster = Roster(pages, limits)
         self._rules = EndRules(end_token_ids, token_bytes, max_positions)
         self._outputs: dict[RequestId, list[Sequence]] = {}  # of requests with an output that goes on
-        self._flight: tuple[StepPlan, dict[SeqId, Sequence]] | None = None  # planned, not committed
+        self._deadlines = Deadlines()
+        self._flight: Flight | None = None  # planned, not committed
         self._numbers = count()
 
     # -- requests --------------------------------------------------------------------------------------
@@ -72,7 +69,7 @@ class Scheduler:
         """Take a request, or raise for it alone: `RequestError` if wrong, `CapacityError` if too many wait.
 
         Tokens in `request.generated` are known and not emitted again. An output that has ended by them does
-        not run; its end is the event returned. Otherwise the result is empty.
+        not run; its end is the event returned. Otherwise the result is empty. Its `timeout_s` begins now.
         """
         if request.request_id in self._outputs:
             raise RequestError("request_id", f"{request.request_id!r} is in use; take another")
@@ -83,22 +80,36 @@ class Scheduler:
                 f"{num_waiting} sequences wait and {request.num_outputs} more would pass "
                 f"scheduler.max_waiting={self._limits.max_waiting}; try again later"
             )
-        outputs = [self._begin(request, index) for index in range(request.num_outputs)]
-        for seq in outputs:
-            if seq.end is None:
-                self._outputs[request.request_id] = outputs
-                self._roster.enqueue(seq)
+        outputs = [self._begin(request, index, now_s) for index in range(request.num_outputs)]
+        going_on = [seq for seq in outputs if seq.end is None]
+        for seq in going_on:
+            self._roster.waiting.add(seq, now_s)
+        if going_on:
+            self._outputs[request.request_id] = outputs
+            if request.timeout_s is not None:
+                self._deadlines.set(request.request_id, now_s + request.timeout_s)
         return tuple(seq.event(len(seq.generated)) for seq in outputs if seq.end is not None)
 
-    def abort(self, request_id: RequestId, now_s: float) -> tuple[Event, ...]:
-        """End a request's outputs now; unknown ids are left alone. Its pages are free at the next plan."""
-        events = []
-        for seq in self._outputs.get(request_id, ()):
-            if seq.end is None:
-                seq.end = End(FinishReason.ABORT)
-                self._remove(seq)
-                events.append(seq.event(len(seq.generated)))
-        self._outputs.pop(request_id, None)
+    def abort(
+        self, request_id: RequestId, now_s: float, *, is_spoiled: bool = False
+    ) -> tuple[Event, ...]:
+        """End a request's outputs now; unknown ids are left alone. Its pages are free at the next plan.
+
+        `is_spoiled`: it got wrong numbers, so nothing that is cached is found again: others may have built
+        on its pages, or it on theirs.
+        """
+        if is_spoiled:
+            self._roster.pool.forget_prefixes()
+        return self._cut_off(request_id, "")
+
+    def expire(self, now_s: float) -> tuple[Event, ...]:
+        """End the requests whose time is up. `commit` does; a caller may in between, when no step comes."""
+        events: list[Event] = []
+        for request_id in self._deadlines.due(now_s):
+            timeout_s = self._outputs[request_id][0].request.timeout_s
+            events += self._cut_off(
+                request_id, f"its timeout_s={timeout_s:g} has passed; allow more, or ask less"
+            )
         return tuple(events)
 
     def lose_pages(self) -> None:
@@ -113,48 +124,56 @@ class Scheduler:
 
         Tokens: first one to each decoding sequence, then chunks to those that catch up, then to new ones.
         Pages: in rank order, as needed for this step's tokens only; who lacks one takes them from the last.
-        Without `prefill` only generated positions are granted, one per sequence, and nobody is admitted.
+        Without `prefill` only generated positions are granted, one per sequence, and nobody is admitted; nor
+        is anybody when pages were so short that somebody lost them: it would be the next to lose them.
         """
-        assert self._flight is None or not self._flight[0].grants, "the last plan is not committed"
-        running = self._roster.running
-        grants = self._grant_running(self._share_tokens(prefill=prefill))
-        if prefill:
-            grants += self._admit(self._limits.step_tokens - sum(grant.num_tokens for grant in grants))
-        granted = {grant.seq_id for grant in grants}
-        seqs = [seq for seq in running if seq.id in granted]
-        plan = StepPlan(
+        assert self._flight is None or not self._flight.grants, "the last plan is not committed"
+        roster, flight = self._roster, Flight()
+        budget = self._limits.step_tokens - len(roster.decoding)
+        shares = self._share_chunks(budget) if prefill else self._share_singles()
+        num_running = roster.num_running
+        self._grant_running(flight, shares)
+        is_short = roster.num_running < num_running
+        new = self._admit(flight, budget - sum(shares.values()), now_s) if prefill and not is_short else []
+        flight.plan = StepPlan(
             generation=generation,
             step=step,
-            released=self._roster.take_released(),
-            new=tuple(seq.introduction() for seq in seqs if not seq.is_known),
-            page_tables=tuple(_tell_pages(seq) for seq in seqs if len(seq.pages) > seq.num_pages_told),
-            grants=tuple(grants),
+            released=roster.take_released(),
+            new=tuple([seq.introduction() for seq in new]),
+            page_tables=roster.take_page_tables(),
+            grants=tuple(flight.grants),
         )
-        for seq in seqs:
-            seq.is_known = True
-        self._flight = (plan, {seq.id: seq for seq in seqs})
-        return plan
+        self._flight = flight
+        return flight.plan
 
     def commit(self, result: StepResult, now_s: float) -> tuple[Event, ...]:
-        """Take what the planned step produced: positions now in the cache, a token per sampling grant."""
-        assert self._flight is not None, "nothing is planned"
-        plan, seqs = self._flight
-        sampled = tuple(grant.seq_id for grant in plan.grants if grant.samples)
-        assert (result.generation, result.step) == (plan.generation, plan.step), f"{result} is not of {plan}"
-        assert result.seq_ids == sampled, f"sampled {result.seq_ids}, planned {sampled}"
+        """Take what the planned step produced: positions now in the cache, a token per sampling grant.
+
+        Then whoever has run out of time ends: the step's token is the last one.
+        """
+        flight = self._flight
+        assert flight is not None, "nothing is planned"
+        flight.check_result(result)
         self._flight = None
-        for grant in plan.grants:
-            seqs[grant.seq_id].computed_len = grant.start + grant.num_tokens
-        events = []
-        for seq_id, token_id, logprob in zip(sampled, result.token_ids, result.logprobs, strict=True):
-            seq = seqs[seq_id]
+        events = _score(flight, result)
+        chunks = [(seq, grant) for seq, grant in flight.chunks if seq.end is None]
+        for seq, grant in chunks:
+            seq.computed_len = grant.start + grant.num_tokens
+        ended: list[Sequence] = []
+        num_turned, last_offset = 0, self._roster.pool.page_tokens - 1
+        for seq, token_id, logprob in zip(flight.sampling, result.token_ids, result.logprobs, strict=True):
             if seq.end is None:
-                seq.append(token_id)
-                events.append(seq.event(len(seq.generated) - 1, () if logprob is None else (logprob,)))
+                seq.computed_len = seq.known_len
+                events.append(seq.take(token_id, logprob))
+                if not seq.known_len & last_offset:  # page_tokens is a power of two
+                    num_turned += 1
                 if seq.end is not None:
-                    self._finish(seq)
-        self._roster.settle()
-        return tuple(events)
+                    ended.append(seq)
+        self._roster.turned(num_turned)
+        for seq, grant in chunks:
+            self._roster.advanced(seq, grant.start)
+        self._let_go(ended)
+        return (*events, *self.expire(now_s))
 
     # -- facts -----------------------------------------------------------------------------------------
 
@@ -165,21 +184,32 @@ class Scheduler:
     @property
     def wants_prefill(self) -> bool:
         """Whether, as of the last commit, a plan with `prefill` would do more than one without."""
-        return any(not seq.is_decoding for seq in self._roster.running) or self._roster.fits_next()
+        return bool(self._roster.catching_up) or self._roster.next_fit() is not None
+
+    def cached_prefix_len(self, prompt: tuple[int, ...], tenant: str) -> int:
+        """How many of the first tokens of `prompt` a request of `tenant` would find computed now.
+
+        At most all but the last one. For a router: it changes nothing, and promises nothing.
+        """
+        page_tokens = self._roster.pool.page_tokens
+        return len(self._roster.pool.find(page_keys(tenant, prompt[:-1], page_tokens))) * page_tokens
 
     def load(self, lane: LaneId) -> LaneLoad:
         return LaneLoad(
             lane=lane,
-            num_running=len(self._roster.running),
+            num_running=self._roster.num_running,
             num_waiting=len(self._roster.waiting),
+            num_tokens_waiting=self._roster.waiting.num_tokens,
             num_pages=self._roster.pool.num_pages,
             num_pages_free=self._roster.pool.num_free,
+            num_pages_cached=self._roster.pool.num_idle,
         )
 
     def live(self) -> tuple[Request, ...]:
         """Every request that goes on, with all its tokens so far in `generated`: what another lane can `add`.
 
-        Outputs that have ended are in it too: `add` sees by their tokens that they have.
+        Outputs that have ended are in it too: `add` sees by their tokens that they have. `timeout_s` is what
+        it was; who adds it elsewhere takes off what has passed.
         """
         return tuple(
             structs.replace(
@@ -190,74 +220,100 @@ class Scheduler:
 
     # -- adding and removing ---------------------------------------------------------------------------
 
-    def _begin(self, request: Request, output_index: int) -> Sequence:
+    def _begin(self, request: Request, output_index: int, now_s: float) -> Sequence:
         number = next(self._numbers)
-        return Sequence.begin(SeqId(number), request, output_index, number, self._rules)
+        place = rank(now_s, request.priority, number, self._limits.ageing_s)
+        return Sequence.begin(SeqId(number), request, output_index, place, self._rules)
 
-    def _finish(self, seq: Sequence) -> None:
-        self._remove(seq)
-        outputs = self._outputs[seq.request.request_id]
-        if all(output.end is not None for output in outputs):
-            del self._outputs[seq.request.request_id]
+    def _cut_off(self, request_id: RequestId, error: str) -> tuple[Event, ...]:
+        """End the outputs of a request that go on, if it does."""
+        events = []
+        for seq in self._outputs.pop(request_id, ()):
+            if seq.end is None:
+                seq.end = End(FinishReason.ABORT, error=error)
+                is_in_flight = self._flight is not None and self._flight.computes(seq)
+                self._roster.remove(seq, is_in_flight=is_in_flight)
+                events.append(seq.event(len(seq.generated)))
+        self._deadlines.discard(request_id)
+        return tuple(events)
 
-    def _remove(self, seq: Sequence) -> None:
-        self._roster.remove(seq, is_in_flight=self._flight is not None and seq.id in self._flight[1])
+    def _let_go(self, ended: list[Sequence]) -> None:
+        """A step is committed: of those that ended by it, and of those that were ended during it."""
+        for seq in ended:
+            self._roster.remove(seq, is_in_flight=False)
+            outputs = self._outputs.get(seq.request_id, ())
+            if all(output.end is not None for output in outputs):  # several may end in one step
+                self._outputs.pop(seq.request_id, None)
+                self._deadlines.discard(seq.request_id)
+        self._roster.settle()
 
     # -- planning --------------------------------------------------------------------------------------
 
-    def _share_tokens(self, *, prefill: bool) -> dict[SeqId, int]:
-        """How many positions each running sequence may compute by the tokens alone; pages come later."""
+    def _share_chunks(self, budget: int) -> dict[SeqId, int]:
+        """How many positions those that catch up may compute by the tokens alone; pages come later."""
         shares: dict[SeqId, int] = {}
-        for seq in self._roster.running:
-            if seq.is_decoding or (not prefill and seq.computed_len >= seq.prompt_len):
-                shares[seq.id] = 1
-        if prefill:
-            budget = self._limits.step_tokens - len(shares)
-            for seq in self._roster.running:
-                if seq.id not in shares:
-                    shares[seq.id] = min(seq.extent, self._limits.chunk_tokens, budget)
-                    budget -= shares[seq.id]
+        for seq in self._roster.catching_up:
+            if budget <= 0:
+                break
+            shares[seq.id] = min(seq.extent, self._limits.chunk_tokens, budget)
+            budget -= shares[seq.id]
         return shares
 
-    def _grant_running(self, shares: dict[SeqId, int]) -> list[Grant]:
-        """Grants in rank order, as far as pages reach."""
-        grants = []
-        for seq in self._roster.running:  # preemption shortens the list from its end, always behind `seq`
-            num_tokens = self._roster.secure(seq, shares.get(seq.id, 0))
-            if num_tokens > 0:
-                grants.append(_grant(seq, num_tokens))
-        return grants
+    def _share_singles(self) -> dict[SeqId, int]:
+        """One position each to those that catch up on generated tokens, where no prompt may be computed."""
+        return {seq.id: 1 for seq in self._roster.catching_up if seq.computed_len >= seq.prompt_len}
 
-    def _admit(self, budget: int) -> list[Grant]:
-        """First chunks of waiting sequences, strictly in rank order: who does not fit is not overtaken."""
-        grants = []
-        while budget > 0 and self._roster.fits_next():
-            seq = self._roster.start_next()
+    def _grant_running(self, flight: Flight, shares: dict[SeqId, int]) -> None:
+        """Grants in rank order, as far as pages reach."""
+        roster, is_chunk = self._roster, self._limits.reuse_generated
+        order = roster.decoding
+        if shares:
+            order = sorted([*order, *(seq for seq in roster.catching_up if seq.id in shares)], key=by_rank)
+        for seq in order:
+            if not seq.held_len:
+                break  # its pages went to one before it, and so did those of all behind it
+            start = seq.computed_len
+            if not seq.is_decoding or is_chunk:
+                num_tokens = roster.secure(seq, shares.get(seq.id, 1))
+                if num_tokens > 0:
+                    flight.add(seq, num_tokens)
+            elif start < seq.held_len or roster.secure(seq, 1):  # as `add`, faster
+                flight.grants.append(Grant(seq_id=seq.id, start=start, num_tokens=1, samples=True))
+                flight.sampling.append(seq)
+                flight.seq_ids.append(seq.id)
+
+    def _admit(self, flight: Flight, budget: int, now_s: float) -> list[Sequence]:
+        """First chunks of waiting sequences, strictly in their order: who does not fit is not overtaken."""
+        started = []
+        while budget > 0 and (hits := self._roster.next_fit()) is not None:
+            seq = self._roster.start_next(hits, now_s)
             num_tokens = self._roster.secure(seq, min(seq.extent, self._limits.chunk_tokens, budget))
-            grants.append(_grant(seq, num_tokens))
+            flight.add(seq, num_tokens)
+            started.append(seq)
             budget -= num_tokens
-        return grants
+        return started
 
     # -- invariants ------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert what must hold between any two calls; tests call it after each."""
-        self._roster.check()
+        roster = self._roster
+        roster.check()
         going_on = [seq.id for outputs in self._outputs.values() for seq in outputs if seq.end is None]
-        listed = [seq.id for seq in self._roster.running + self._roster.waiting]
+        listed = [seq.id for seq in roster.decoding + roster.catching_up] + roster.waiting.ids()
         assert sorted(going_on) == sorted(listed), "a sequence is lost"
-        if self._flight is None or not self._flight[0].grants:
-            self._roster.check_settled()
+        self._deadlines.check(set(self._outputs))
+        if self._flight is None or not self._flight.grants:
+            roster.check_settled()
         else:
-            num_tokens = sum(grant.num_tokens for grant in self._flight[0].grants)
+            num_tokens = sum(grant.num_tokens for grant in self._flight.grants)
             assert num_tokens <= self._limits.step_tokens, f"{num_tokens} tokens in a step"
 
 
-def _grant(seq: Sequence, num_tokens: int) -> Grant:
-    end = seq.computed_len + num_tokens
-    return Grant(seq_id=seq.id, start=seq.computed_len, num_tokens=num_tokens, samples=end == seq.known_len)
-
-
-def _tell_pages(seq: Sequence) -> PageTable:
-    first, seq.num_pages_told = seq.num_pages_told, len(seq.pages)
-    return PageTable(seq_id=seq.id, first=first, pages=tuple(seq.pages[first:]))
+def _score(flight: Flight, result: StepResult) -> list[Event]:
+    """Events of the prompt logprobs that the step produced."""
+    scoring = [(seq, grant) for seq, grant in flight.chunks if grant.scores]
+    events: list[Event] = []
+    for (seq, grant), logprobs in zip(scoring, result.prompt_logprobs, strict=True):
+        events += seq.score(grant.start + 1, logprobs)
+    return events

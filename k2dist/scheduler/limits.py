@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from k2dist.errors import ConfigError
 from k2dist.messages import Message
 
@@ -16,6 +18,11 @@ class Limits(Message, frozen=True, kw_only=True):
     chunk_tokens: int = 512  # prompt rows of one sequence in one step; less: fairer among prompts
     max_running: int = 256  # sequences that hold pages; more: higher throughput, slower each
     max_waiting: int = 1024  # sequences that wait for a place; beyond it `add` refuses
+    # Who has waited so long is one priority higher; more: priorities mean more, and low ones wait longer.
+    ageing_s: float = 60.0
+    # Let a prompt find pages that were generated: a next turn starts sooner, and its bits may differ from
+    # those of a prompt that was computed as one.
+    reuse_generated: bool = False
 
     def __post_init__(self) -> None:
         for name in ("step_tokens", "chunk_tokens", "max_running", "max_waiting"):
@@ -31,3 +38,5 @@ class Limits(Message, frozen=True, kw_only=True):
                 f"scheduler.chunk_tokens={self.chunk_tokens}: more than step_tokens={self.step_tokens}; "
                 f"a chunk has to fit into a step"
             )
+        if not 0 < self.ageing_s < math.inf:
+            raise ConfigError(f"scheduler.ageing_s={self.ageing_s}: use a number of seconds, such as 60")

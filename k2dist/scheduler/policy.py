@@ -1,18 +1,21 @@
-"""Who comes first. One total order decides admission, page shortage and preemption alike.
+"""Who comes first: one total order of a lane's sequences, fixed for life.
 
-    higher priority first, then who arrived first
+    rank = (when it arrived - priority * ageing_s, number of its arrival)        smaller comes first
 
-Because the order is total and does not change while a sequence lives, the first sequence is never preempted
-and always advances; so every sequence ends, in that order at the latest.
+A priority is a head start of `ageing_s`, so ageing needs no clock: of two that both wait, both age alike, and
+whoever has waited `ageing_s` longer is ahead of one priority more.
+
+The order decides which of its tenant's sequences starts next, who gets pages, and who loses them: always the
+last one that runs (`roster`). Between tenants the turn decides who starts (`waiting`). So nothing is stuck:
+the first one that runs is never preempted and advances in every step that may compute prompts, until it ends
+or one before it starts; only finitely many can be before it, as each second that passes leaves less head start.
 """
 
 from __future__ import annotations
 
-from k2dist.scheduler.sequence import Sequence
-
-Rank = tuple[int, int]
+Rank = tuple[float, int]
 
 
-def rank(seq: Sequence) -> Rank:
-    """Sort key: smaller comes first. Unique per sequence."""
-    return (-seq.request.priority, seq.arrival)
+def rank(arrival_s: float, priority: int, number: int, ageing_s: float) -> Rank:
+    """Sort key: smaller comes first. Unique, as `number` is."""
+    return (arrival_s - priority * ageing_s, number)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from k2dist.cache import PagePool
 from k2dist.errors import RequestError
 from k2dist.messages import Request
 from k2dist.scheduler.limits import Limits
+
+MAX_PRIORITY = 2**31 - 1  # as far as the wire goes
 
 
 def refuse_impossible(request: Request, limits: Limits, pages: PagePool, max_positions: int) -> None:
@@ -25,6 +29,10 @@ def refuse_impossible(request: Request, limits: Limits, pages: PagePool, max_pos
         raise RequestError("max_tokens", f"{max_tokens}: ask for at least 1")
     if not 1 <= request.num_outputs <= limits.max_waiting:
         raise RequestError("num_outputs", f"{request.num_outputs}: use 1 to {limits.max_waiting}")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise RequestError("priority", f"{request.priority}: use {-MAX_PRIORITY} to {MAX_PRIORITY}")
+    if request.timeout_s is not None and not 0 < request.timeout_s < math.inf:
+        raise RequestError("timeout_s", f"{request.timeout_s}: use a number of seconds, or leave it out")
     for output_index in request.generated:
         if not 0 <= output_index < request.num_outputs:
             raise RequestError(

@@ -1,60 +1,97 @@
 """A lane's sequences and its pages: who runs, who waits, who holds what.
 
-    waiting ──start──> running ──remove──> (ending, while a step in flight still writes its pages) ──> gone
-       ^                  │
-       └── preempt_last ──┘
+    waiting ──start──> catching up ──> decoding ──remove──> (ending, while a step in flight writes its pages)
+       ^                    │              │
+       └────── preempt_last ┴──────────────┘
 
-Only running and ending sequences hold pages. Both lists are kept in rank order (`policy.rank`).
+Only running (catching up, decoding) and ending sequences hold pages. Both lists of running ones are kept in
+order of rank, so that a plan looks at no more sequences than it grants rows to.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
+from operator import attrgetter
 
-from k2dist.cache import PagePool
+from k2dist.cache import PageKey, PagePool
 from k2dist.ids import PageId, SeqId
-from k2dist.scheduler.policy import rank
+from k2dist.messages import PageTable
+from k2dist.scheduler.limits import Limits
 from k2dist.scheduler.sequence import Sequence
+from k2dist.scheduler.waiting import Waiting
+
+by_rank = attrgetter("rank")
 
 
 class Roster:
-    """See the module. `running` and `waiting` are for reading."""
+    """See the module. `decoding`, `catching_up` and `waiting` are for reading."""
 
-    def __init__(self, pool: PagePool, max_running: int) -> None:
+    def __init__(self, pool: PagePool, limits: Limits) -> None:
         self.pool = pool
-        self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
-        self._max_running = max_running
+        self.decoding: list[Sequence] = []
+        self.catching_up: list[Sequence] = []
+        self.waiting = Waiting(limits.ageing_s)
+        self._max_running = limits.max_running
+        self._reuse_generated = limits.reuse_generated
         self._ending: list[Sequence] = []
         self._released: list[SeqId] = []
+        self._page_tables: list[PageTable] = []
+        # Pages that running sequences lack for all they know and one token more.
+        self._num_owed = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.decoding) + len(self.catching_up)
 
     # -- coming and going ------------------------------------------------------------------------------
 
-    def enqueue(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=rank)
+    def next_fit(self) -> list[PageId] | None:
+        """Pages that the first waiting sequence would find in the cache, or None if it must wait on.
 
-    def start_next(self) -> Sequence:
-        """Move the first waiting sequence among the running."""
-        seq = self.waiting.pop(0)
-        insort(self.running, seq, key=rank)
+        It needs a place, and pages for all it knows and one token more. Pages that running sequences still
+        lack for as much are spoken for, so that prompts admitted together do not preempt each other before
+        they decode. With nobody running it always fits: `add` made sure.
+        """
+        if not self.waiting or self.num_running == self._max_running or self._num_owed >= self.pool.num_free:
+            return None
+        seq = self.waiting.first()
+        hits = self._find_prefix(seq)
+        num_revived = sum(self.pool.holders(page) == 0 for page in hits)
+        num_new = self.pool.pages_for(seq.known_len + 1) - len(hits)
+        return hits if self._num_owed + num_new + num_revived <= self.pool.num_free else None
+
+    def start_next(self, hits: list[PageId], now_s: float) -> Sequence:
+        """Let the first waiting sequence run, from behind the pages that `next_fit` found."""
+        seq = self.waiting.take_turn(now_s)
+        seq.started_s = now_s
+        seq.computed_len = len(hits) * self.pool.page_tokens
+        if seq.cached_len is None:
+            seq.cached_len = min(seq.computed_len, seq.prompt_len)
+        self.pool.retain(hits)
+        self._num_owed += self.pool.pages_for(seq.known_len + 1)
+        self._extend(seq, tuple(hits))
+        seq.is_decoding = _decodes(seq)
+        self._list(seq)
         return seq
 
     def preempt_last(self) -> None:
         """Send the last running sequence back to wait: its pages are freed, its tokens kept."""
-        seq = self.running.pop()
+        seq = self._last()
+        self._leave(seq)
         self._drop_pages(seq)
-        self._release(seq)
-        self.enqueue(seq)
+        self.waiting.add(seq, seq.started_s)
 
     def remove(self, seq: Sequence, *, is_in_flight: bool) -> None:
         """Take an ended sequence out. One that a step in flight computes keeps its pages until `settle`."""
-        (self.running if seq in self.running else self.waiting).remove(seq)
+        if not seq.pages:
+            self.waiting.remove(seq)
+            return
+        self._leave(seq)
         if is_in_flight:
             self._ending.append(seq)
         else:
             self._drop_pages(seq)
-        self._release(seq)
 
     def settle(self) -> None:
         """No step is in flight: free the pages of sequences that ended during it."""
@@ -63,12 +100,13 @@ class Roster:
         self._ending.clear()
 
     def forget_ranks(self) -> None:
-        """The ranks have lost all pages and all sequences: every one waits again."""
+        """The ranks have lost all pages and all sequences: every one waits again, and nothing is cached."""
         self.settle()
-        self._released.clear()
-        while self.running:
+        while self.num_running:
             self.preempt_last()
+        self.pool.forget_prefixes()
         self._released.clear()
+        self._page_tables.clear()
 
     def take_released(self) -> tuple[SeqId, ...]:
         """Sequences that the ranks know and are to forget; each is given once."""
@@ -84,71 +122,129 @@ class Roster:
         Who cannot have one position takes the pages of the last sequence, as often as it takes. The last one
         itself only waits: nobody needs its pages yet.
         """
-        while num_tokens > 0 and self._reach(seq) == 0 and self.running[-1] is not seq:
+        while self._reach(seq) == 0 and self._last() is not seq:
             self.preempt_last()
         num_tokens = min(num_tokens, self._reach(seq))
         num_pages = self.pool.pages_for(seq.computed_len + num_tokens) - len(seq.pages)
-        seq.pages += self.pool.alloc(num_pages)
+        if num_pages > 0:
+            self._extend(seq, self.pool.alloc(num_pages))
         return num_tokens
 
-    def fits_next(self) -> bool:
-        """Whether the first waiting sequence finds a place, and pages for all it knows and one token more.
+    def take_page_tables(self) -> tuple[PageTable, ...]:
+        """What the ranks do not know yet of the tables of running sequences; each is given once."""
+        tables = tuple(self._page_tables)
+        self._page_tables.clear()
+        return tables
 
-        Pages that running sequences still need for as much are spoken for, so that prompts admitted together
-        do not preempt each other before they decode. With nobody running it always fits: `add` made sure.
-        Who was preempted a moment ago never does: it wants the pages it had, and somebody has one of them.
+    def advanced(self, seq: Sequence, start: int) -> None:
+        """A committed step moved `computed_len` from `start`: publish what is full, and see who decodes.
+
+        Not for one that was ended during the step: it may have been because the step went wrong.
         """
-        if not self.waiting or len(self.running) == self._max_running:
-            return False
-        needed = sum(self._missing_pages(seq) for seq in self.running)
-        return needed + self._missing_pages(self.waiting[0]) <= self.pool.num_free
+        end = min(seq.computed_len, self._shareable_len(seq)) // self.pool.page_tokens
+        first = start // self.pool.page_tokens
+        if first < end:
+            keys = list(seq.keys(end, self.pool.page_tokens))
+            for index in range(first, end):
+                self.pool.publish(seq.pages[index], keys[index])
+        if seq.end is None and not seq.is_decoding and _decodes(seq):
+            self._unlist(seq)
+            seq.is_decoding = True
+            self._list(seq)
+
+    def turned(self, num_seqs: int) -> None:
+        """The newest token of `num_seqs` running sequences was the last one that fits into its page."""
+        self._num_owed += num_seqs
+
+    def _find_prefix(self, seq: Sequence) -> list[PageId]:
+        """Published pages of `seq`'s first tokens; its last known token is always left to be computed."""
+        if seq.wants_scores:
+            return []
+        page_tokens = self.pool.page_tokens
+        num_pages = min(seq.known_len - 1, self._shareable_len(seq)) // page_tokens
+        return self.pool.find(seq.keys(num_pages, page_tokens))
+
+    def _shareable_len(self, seq: Sequence) -> int:
+        """Positions whose pages others may use: a prompt token must have been computed by the prompt path."""
+        return seq.known_len if self._reuse_generated else seq.prompt_len
 
     def _reach(self, seq: Sequence) -> int:
         """Positions that `seq` could compute with its own pages and all free ones."""
-        return (len(seq.pages) + self.pool.num_free) * self.pool.page_tokens - seq.computed_len
+        return seq.held_len + self.pool.num_free * self.pool.page_tokens - seq.computed_len
 
-    def _missing_pages(self, seq: Sequence) -> int:
-        return max(self.pool.pages_for(seq.known_len + 1) - len(seq.pages), 0)
+    def _extend(self, seq: Sequence, pages: tuple[PageId, ...]) -> None:
+        if pages:
+            self._page_tables.append(PageTable(seq_id=seq.id, first=len(seq.pages), pages=pages))
+            seq.pages += pages
+            seq.held_len += len(pages) * self.pool.page_tokens
+            self._num_owed -= len(pages)
 
     def _drop_pages(self, seq: Sequence) -> None:
-        self.pool.free(seq.pages)
+        self.pool.free(reversed(seq.pages))
         seq.pages.clear()
-        seq.num_pages_told = 0
-        seq.computed_len = 0
+        seq.held_len = seq.computed_len = 0
 
-    def _release(self, seq: Sequence) -> None:
-        if seq.is_known:
-            seq.is_known = False
-            self._released.append(seq.id)
+    # -- lists -----------------------------------------------------------------------------------------
+
+    def _list(self, seq: Sequence) -> None:
+        insort(self.decoding if seq.is_decoding else self.catching_up, seq, key=by_rank)
+
+    def _unlist(self, seq: Sequence) -> None:
+        seqs = self.decoding if seq.is_decoding else self.catching_up
+        index = bisect_left(seqs, seq.rank, key=by_rank)
+        assert seqs[index] is seq, f"sequence {seq.id} is not listed"
+        del seqs[index]
+
+    def _last(self) -> Sequence:
+        """Of all that run; there must be one."""
+        return max((seqs[-1] for seqs in (self.decoding, self.catching_up) if seqs), key=by_rank)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Out of the running ones; the ranks are to forget it."""
+        self._unlist(seq)
+        seq.is_decoding = False
+        self._num_owed -= self._num_missing(seq)
+        self._released.append(seq.id)
+
+    def _num_missing(self, seq: Sequence) -> int:
+        return self.pool.pages_for(seq.known_len + 1) - len(seq.pages)
 
     # -- invariants ------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert what must hold between any two calls of the scheduler."""
-        self._check_pages()
-        for seq in self.running:
-            assert seq.end is None, f"sequence {seq.id} runs after its end"
-            assert seq.computed_len < seq.known_len, f"sequence {seq.id} computed a token nobody knows"
-            assert seq.computed_len <= len(seq.pages) * self.pool.page_tokens, (
-                f"sequence {seq.id} lacks a page"
-            )
-            assert seq.num_pages_told <= len(seq.pages), f"sequence {seq.id} told of pages it has not"
-        for seq in self.waiting:
-            assert seq.end is None, f"sequence {seq.id} waits after its end"
-            assert not seq.pages, f"sequence {seq.id} waits and holds pages"
-            assert seq.computed_len == 0, f"sequence {seq.id} waits and has computed"
-            assert not seq.is_known, f"sequence {seq.id} waits and the ranks know it"
-        assert len(self.running) <= self._max_running, f"{len(self.running)} run"
-        for seqs in (self.running, self.waiting):
-            assert seqs == sorted(seqs, key=rank), "a list is out of order"
+        self.pool.check()
+        self.waiting.check()
+        running = self.decoding + self.catching_up
+        for seq in running:
+            seq.check_running(self.pool.page_tokens)
+        for seqs in (self.decoding, self.catching_up):
+            assert seqs == sorted(seqs, key=by_rank), "a list is out of order"
+        assert all(seq.is_decoding for seq in self.decoding), "one that catches up is among the decoding"
+        assert not any(seq.is_decoding for seq in self.catching_up), "one that decodes is among the others"
+        assert len(running) <= self._max_running, f"{len(running)} run"
+        assert self._num_owed == sum(map(self._num_missing, running)), "pages are owed and not counted"
+        self._check_tables(running + self._ending)
 
     def check_settled(self) -> None:
         assert not self._ending, "an ended sequence holds pages and no step is in flight"
 
-    def _check_pages(self) -> None:
-        """Each page that is held is in exactly one table, once."""
-        self.pool.check()
-        held = Counter(page for seq in self.running + self._ending for page in seq.pages)
+    def _check_tables(self, holders: list[Sequence]) -> None:
+        """Every page is in as many tables as the pool says, and holds the same tokens for all of them."""
+        held = Counter(page for seq in holders for page in seq.pages)
         for page in map(PageId, range(self.pool.num_pages)):
             assert self.pool.holders(page) == held[page], f"page {page}: {held[page]} tables hold it"
-            assert held[page] <= 1, f"page {page} is in {held[page]} tables"
+        means: dict[PageId, PageKey] = {}
+        for seq in holders:
+            num_full = min(seq.computed_len, self._shareable_len(seq)) // self.pool.page_tokens
+            keys = list(seq.keys(num_full, self.pool.page_tokens))
+            for page, key in zip(seq.pages, keys, strict=False):
+                assert self.pool.key_of(page) in (None, key), f"sequence {seq.id} has a wrong page {page}"
+                assert means.setdefault(page, key) == key, f"page {page} means two things"
+            for page in seq.pages[num_full:]:
+                assert self.pool.key_of(page) is None, f"page {page} is published before it is full"
+                assert held[page] == 1, f"page {page} is shared before it is full"
+
+
+def _decodes(seq: Sequence) -> bool:
+    return seq.computed_len >= seq.prompt_len and seq.lag == 1

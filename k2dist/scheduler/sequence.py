@@ -8,13 +8,15 @@ when it arrives, the step samples the token at position known_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from k2dist.cache.prefix import PageKey, next_key, root_key
 from k2dist.errors import RequestError
-from k2dist.ids import PageId, SeqId
+from k2dist.ids import PageId, RequestId, SeqId
 from k2dist.messages import Event, FinishReason, NewSequence, Request, TokenLogprob, Usage
+from k2dist.scheduler.policy import Rank
 from k2dist.text.stream import StopStrings
 
 
@@ -23,6 +25,7 @@ class End(NamedTuple):
 
     reason: FinishReason
     stop_match: str | int | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +37,61 @@ class EndRules:
     max_positions: int
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
-    """The scheduler's state for one output. `arrival` orders all sequences of a lane, for good."""
+    """The scheduler's state for one output. Make one with `begin`."""
 
+    # What every step reads comes first and lies together: thousands of sequences pass through the CPU's cache.
     id: SeqId
-    request: Request
+    request_id: RequestId
     output_index: int
-    arrival: int
+    known_len: int  # prompt and generated tokens
+    stop_ids: frozenset[int]  # any of these ends it, from token number `min_tokens` (from 1) on
+    max_len: int  # it ends when it knows so many tokens
+    computed_len: int = field(default=0, init=False)
+    held_len: int = field(default=0, init=False)  # positions that `pages` have room for; 0: it waits, or left
+    is_decoding: bool = field(default=False, init=False)  # runs, one generated token behind; not catching up
+    generated: list[int] = field(default_factory=list, init=False)
+    end: End | None = field(default=None, init=False)
+    stop_strings: StopStrings | None
+
+    request: Request
     rules: EndRules
-    generated: list[int] = field(default_factory=list)
-    computed_len: int = 0
-    pages: list[PageId] = field(default_factory=list)
-    num_pages_told: int = 0  # how many of `pages` the ranks have been told
-    is_known: bool = False  # to the ranks: `NewSequence` went out, `released` did not
-    end: End | None = None
-    _stop_strings: StopStrings | None = None
+    rank: Rank  # orders all sequences of a lane, for good
+    prompt_len: int
+    pages: list[PageId] = field(default_factory=list, init=False)
+    started_s: float = field(default=0.0, init=False)  # when it last began to run
+    cached_len: int | None = field(default=None, init=False)  # prompt tokens that its first start found cached
+    scored_len: int = field(default=1, init=False)  # prompt tokens whose logprobs went out, and the first one
+    _keys: list[PageKey] = field(default_factory=list, init=False)  # of its first full pages, if asked for
 
     @classmethod
     def begin(
-        cls, seq_id: SeqId, request: Request, output_index: int, arrival: int, rules: EndRules
+        cls, seq_id: SeqId, request: Request, output_index: int, rank: Rank, rules: EndRules
     ) -> Sequence:
         """A sequence that knows its prompt and what an earlier lane generated; it may have ended by that."""
-        seq = cls(seq_id, request, output_index, arrival, rules)
-        if request.sampling.stop:
-            seq._stop_strings = StopStrings(request.sampling.stop)
+        sampling, prompt_len = request.sampling, len(request.prompt)
+        ends: frozenset[int] = frozenset() if sampling.ignore_eos else rules.end_token_ids
+        seq = cls(
+            id=seq_id,
+            request_id=request.request_id,
+            output_index=output_index,
+            known_len=prompt_len,
+            stop_ids=ends.union(sampling.stop_token_ids) if sampling.stop_token_ids else ends,
+            max_len=min(prompt_len + sampling.max_tokens, rules.max_positions),
+            stop_strings=StopStrings(sampling.stop) if sampling.stop else None,
+            request=request,
+            rules=rules,
+            rank=rank,
+            prompt_len=prompt_len,
+        )
         for token_idx, token_id in enumerate(request.generated.get(output_index, ())):
             if seq.end is not None:
                 raise RequestError(
                     "generated", f"output {output_index} goes on after its end at token {token_idx - 1}"
                 )
-            seq.append(token_id)
+            seq.take(token_id, None)
         return seq
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt)
-
-    @property
-    def known_len(self) -> int:
-        return len(self.request.prompt) + len(self.generated)
 
     @property
     def lag(self) -> int:
@@ -81,9 +99,13 @@ class Sequence:
         return self.known_len - self.computed_len
 
     @property
-    def is_decoding(self) -> bool:
-        """One generated token behind; otherwise it is catching up on its prompt or on lost pages."""
-        return self.computed_len >= self.prompt_len and self.lag == 1
+    def wants_scores(self) -> bool:
+        """Logprobs of prompt tokens are asked for and not all out: no position may come from a prefix hit.
+
+        They come before the first token, so one that has tokens (recovery, preemption) has them all.
+        """
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and self.output_index == 0 and not self.generated
 
     @property
     def extent(self) -> int:
@@ -94,33 +116,81 @@ class Sequence:
         """
         return self.prompt_len - self.computed_len if self.computed_len < self.prompt_len else self.lag
 
-    def append(self, token_id: int) -> None:
-        """The next generated token; sets `end` when it ends the output. The ending token is part of it."""
+    def keys(self, num_pages: int, page_tokens: int) -> Iterator[PageKey]:
+        """The keys of its first pages, which must be full of known tokens; hashed when asked for, once."""
+        for index in range(num_pages):
+            if index == len(self._keys):
+                parent = self._keys[-1] if index else root_key(self.request.tenant)
+                tokens = self._tokens(index * page_tokens, (index + 1) * page_tokens)
+                self._keys.append(next_key(parent, tokens))
+            yield self._keys[index]
+
+    def take(self, token_id: int, logprob: TokenLogprob | None) -> Event:
+        """The next generated token; returns its event, and sets `end` when it ends the output.
+
+        End tokens, the client's stop ids, stop strings, then the lengths; the first rule that holds. Before
+        token number `min_tokens` (from 1) no token ends the output, and no stop string even begins
+        (`text.stream.StopGate` counts alike). The ending token is part of the output; its bytes are no text.
+        """
         assert self.end is None, f"sequence {self.id} got a token after its end"
+        first_index = len(self.generated)
         self.generated.append(token_id)
-        self.end = self._find_end(token_id)
+        self.known_len += 1
+        is_rare = token_id in self.stop_ids or self.stop_strings is not None
+        if is_rare or self.known_len >= self.max_len:
+            self.end = self._find_end(token_id)
+            if self.end is not None:
+                return self.event(first_index, () if logprob is None else (logprob,))
+        return Event(
+            request_id=self.request_id,
+            output_index=self.output_index,
+            first_index=first_index,
+            token_ids=(token_id,),
+            logprobs=() if logprob is None else (logprob,),
+        )
 
     def event(self, first_index: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Event:
-        """What became known from token `first_index` on, and the end if there is one."""
-        end = self.end
+        """What became known from token `first_index` on, and the end, which must have come."""
+        assert self.end is not None, f"sequence {self.id} goes on"
         return Event(
-            request_id=self.request.request_id,
+            request_id=self.request_id,
             output_index=self.output_index,
             first_index=first_index,
             token_ids=tuple(self.generated[first_index:]),
             logprobs=logprobs,
-            finish=end.reason if end else None,
-            stop_match=end.stop_match if end else None,
-            usage=self.usage() if end else None,
+            finish=self.end.reason,
+            stop_match=self.end.stop_match,
+            usage=self.usage(),
+            error=self.end.error,
         )
 
+    def score(self, first: int, logprobs: tuple[TokenLogprob, ...]) -> tuple[Event, ...]:
+        """Logprobs of the prompt tokens from `first` on: an event with those that are not out yet, if any."""
+        fresh = logprobs[max(self.scored_len - first, 0) :]
+        if not fresh or self.end is not None:
+            return ()
+        assert first <= self.scored_len, f"sequence {self.id} lacks logprobs {self.scored_len} to {first}"
+        event = Event(
+            request_id=self.request_id,
+            output_index=self.output_index,
+            first_index=len(self.generated),
+            prompt_logprobs=fresh,
+            first_prompt_index=self.scored_len,
+        )
+        self.scored_len += len(fresh)
+        return (event,)
+
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=self.prompt_len, completion_tokens=len(self.generated))
+        return Usage(
+            prompt_tokens=self.prompt_len,
+            cached_tokens=self.cached_len or 0,
+            completion_tokens=len(self.generated),
+        )
 
     def introduction(self) -> NewSequence:
         return NewSequence(
             seq_id=self.id,
-            request_id=self.request.request_id,
+            request_id=self.request_id,
             output_index=self.output_index,
             prompt=self.request.prompt,
             generated=tuple(self.generated),
@@ -128,20 +198,41 @@ class Sequence:
         )
 
     def _find_end(self, token_id: int) -> End | None:
-        """End tokens, the client's stop ids, stop strings, then the lengths; the first rule that holds.
+        if len(self.generated) >= self.request.sampling.min_tokens:
+            if token_id in self.stop_ids:
+                return End(FinishReason.STOP, token_id)
+            if self.stop_strings is not None:
+                match = self.stop_strings.push(self.rules.token_bytes(token_id)).match
+                if match is not None:
+                    return End(FinishReason.STOP, match)
+        return End(FinishReason.LENGTH) if self.known_len >= self.max_len else None
 
-        Before token number `min_tokens` (from 1) no token ends the output, and no stop string even begins
-        (`text.stream.StopGate` counts alike). A stop token's bytes are no text.
-        """
-        sampling = self.request.sampling
-        may_stop = len(self.generated) >= sampling.min_tokens
-        ends = token_id in self.rules.end_token_ids and not sampling.ignore_eos
-        if may_stop and (ends or token_id in sampling.stop_token_ids):
-            return End(FinishReason.STOP, token_id)
-        if may_stop and self._stop_strings is not None:
-            match = self._stop_strings.push(self.rules.token_bytes(token_id)).match
-            if match is not None:
-                return End(FinishReason.STOP, match)
-        if len(self.generated) >= sampling.max_tokens or self.known_len >= self.rules.max_positions:
-            return End(FinishReason.LENGTH)
-        return None
+    def _tokens(self, start: int, end: int) -> list[int]:
+        """Known tokens [start, end)."""
+        prompt_len = self.prompt_len
+        own = self.generated[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
+        return [*self.request.prompt[start:end], *own]
+
+    # -- invariants ------------------------------------------------------------------------------------
+
+    def check_waiting(self) -> None:
+        """Assert that it goes on, and holds nothing."""
+        assert self.end is None, f"sequence {self.id} waits after its end"
+        assert not self.pages, f"sequence {self.id} waits and holds pages"
+        assert (self.computed_len, self.held_len) == (0, 0), f"sequence {self.id} waits and has computed"
+        assert not self.is_decoding, f"sequence {self.id} waits and decodes"
+        self._check_lengths()
+
+    def check_running(self, page_tokens: int) -> None:
+        """Assert that it goes on, and that its pages reach as far as it has computed."""
+        assert self.end is None, f"sequence {self.id} runs after its end"
+        assert self.pages, f"sequence {self.id} runs and holds no page"
+        assert self.held_len == len(self.pages) * page_tokens, f"sequence {self.id} miscounts its pages"
+        assert self.computed_len <= self.held_len, f"sequence {self.id} lacks a page"
+        assert self.computed_len < self.known_len, f"sequence {self.id} computed a token nobody knows"
+        decodes = self.computed_len >= self.prompt_len and self.lag == 1
+        assert self.is_decoding == decodes, f"sequence {self.id}, decoding: {self.is_decoding}"
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        assert self.known_len == self.prompt_len + len(self.generated), f"sequence {self.id} miscounts"

@@ -1,6 +1,6 @@
 """One output of a request, from a lane's token events to text and tool calls.
 
-    token ids -> StopGate (a stop string never shows) -> ToolCallParser on ids, or UTF-8 -> Delta
+    token ids -> OutputReader (text, tool calls) -> Delta ... Finished or Failed
 
 The lane decides when an output ends; this only decides what of it is text. Pure and restartable: fed the
 same tokens again, however cut, it gives the same text, which is how Resume replays from the start.
@@ -12,9 +12,9 @@ from typing import Any
 
 from k2dist.messages import Event, FinishReason, Usage
 from k2dist.service.answer_events import AnswerEnd, Delta, Failed, Finished, ToolCallDelta
-from k2dist.text.stream import StopGate, Utf8Stream
+from k2dist.text.output import OutputReader
 from k2dist.text.tokenizer import Tokenizer
-from k2dist.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Part, ToolCallParser
+from k2dist.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Part
 
 OutputEvent = Delta | Finished | Failed
 
@@ -28,9 +28,7 @@ _ENDS = {
 class Answer:
     """Reads the lane's events of one output, in order, and gives what a client is to see of each.
 
-    `tools`: None for an answer that is only text, in which no special token shows. Otherwise tool calls are
-    taken out of the text; `first_call` is how many calls the conversation has had already. Before token
-    number `min_tokens` the lane lets no stop string end the output, so none is looked for.
+    The options are those of `OutputReader`.
     """
 
     def __init__(
@@ -42,18 +40,16 @@ class Answer:
         tools: tuple[dict[str, Any], ...] | None = None,
         first_call: int = 0,
     ) -> None:
-        self._gate = StopGate(stops, tokenizer.text_bytes, min_tokens=min_tokens) if stops else None
-        self._reader: ToolCallParser | _TextReader
-        if tools is None:
-            self._reader = _TextReader(tokenizer)
-        else:
-            self._reader = ToolCallParser(tokenizer, tools, first_call=first_call)
+        self._reader = OutputReader(
+            tokenizer, stops=stops, min_tokens=min_tokens, tools=tools, first_call=first_call
+        )
 
     def push(self, event: Event) -> tuple[OutputEvent, ...]:
         """A Delta if there is anything to show, and the terminal event if this was the output's last."""
-        parts = self._read(event.token_ids)
+        parts = self._reader.push(event.token_ids)
         if event.finish is not None:
-            parts += self._finish(event)
+            is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
+            parts += self._reader.finish(is_cut=is_cut)
         events: list[OutputEvent] = []
         delta = _delta(event, parts)
         if delta.token_ids or delta.text or delta.tool_calls:
@@ -64,18 +60,6 @@ class Answer:
             events.append(self._finished(event, _ENDS[event.finish]))
         return tuple(events)
 
-    def _read(self, token_ids: tuple[int, ...]) -> tuple[Part, ...]:
-        if self._gate is None:
-            return self._reader.push(token_ids)
-        passed = self._gate.push(token_ids)
-        return self._reader.push(passed.token_ids) + self._reader.push_bytes(passed.tail)
-
-    def _finish(self, event: Event) -> tuple[Part, ...]:
-        """What was held back, now that nothing can follow."""
-        held = self._gate.finish().token_ids if self._gate is not None else ()
-        is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
-        return self._reader.push(held) + self._reader.finish(is_cut=is_cut)
-
     def _finished(self, event: Event, end: AnswerEnd) -> Finished:
         if end is AnswerEnd.STOP and self._reader.num_calls > 0:
             end = AnswerEnd.TOOL_CALLS
@@ -85,30 +69,6 @@ class Answer:
             stop_match=event.stop_match,
             usage=event.usage or Usage(completion_tokens=event.first_index + len(event.token_ids)),
         )
-
-
-class _TextReader:
-    """The part of `ToolCallParser`'s face that plain text needs."""
-
-    num_calls = 0
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = Utf8Stream()
-
-    def push(self, token_ids: tuple[int, ...]) -> tuple[Part, ...]:
-        return self.push_bytes(self._tokenizer.decode_bytes(token_ids, skip_special=True))
-
-    def push_bytes(self, data: bytes) -> tuple[Part, ...]:
-        return _content(self._utf8.push(data))
-
-    def finish(self, *, is_cut: bool) -> tuple[Part, ...]:
-        del is_cut  # half a character is half a character
-        return _content(self._utf8.finish())
-
-
-def _content(text: str) -> tuple[Part, ...]:
-    return (ContentDelta(text),) if text else ()
 
 
 def _delta(event: Event, parts: tuple[Part, ...]) -> Delta:

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from k2dist.messages import Message
+from k2dist.scheduler import PartialSampling
+from k2dist.text.chat import Chat
 
-import msgspec
-
-from k2dist.messages import ChatMessage, Message
-
-
-class PartialSampling(Message, frozen=True, kw_only=True):
-    """`messages.Sampling` as a client gives it: None where it said nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool | None = None
-    logprobs: int | None = None
-
-
-class Chat(Message, frozen=True, kw_only=True):
-    """A conversation that the assistant is to continue. `tools`: JSON objects just as sent."""
-
-    messages: tuple[ChatMessage, ...]
-    tools: tuple[dict[str, Any], ...] = ()
+__all__ = ["Chat", "ClientRequest", "PartialSampling", "Position"]
 
 
 class ClientRequest(Message, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig, split_address
+from k2dist.config.generation_config import read_sampling_defaults
 from k2dist.errors import CheckpointError, ConfigError, UnavailableError
 from k2dist.messages import LaneLoad, Message
 from k2dist.service.coordinator import Coordinator, CoordinatorLimits
@@ -18,7 +19,7 @@ from k2dist.service.encoding import Encoder
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_server import GrpcServer
 from k2dist.service.lane import Lane
-from k2dist.service.served_model import ServedModel, read_sampling_defaults
+from k2dist.service.served_model import ServedModel
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
 
 LOG_BYTES = 2**30  # of the request log, at most; it counts each request with all tokens that it may still get

@@ -16,13 +16,13 @@ from typing import Any
 from k2dist.errors import RequestError
 from k2dist.ids import RequestId
 from k2dist.messages import Message, Request
+from k2dist.scheduler import resolve_sampling
 from k2dist.service.answer import Answer
 from k2dist.service.answer_events import Accepted, AnswerEvent
 from k2dist.service.client_request import Chat, ClientRequest, Position
 from k2dist.service.coordinator import AbortOutcome, Coordinator
 from k2dist.service.encoding import Encoder
 from k2dist.service.error_codes import RequestIdInUseError
-from k2dist.service.sampling import resolve_sampling
 from k2dist.service.served_model import ServedModel
 from k2dist.service.submission import Reader
 from k2dist.text.tokenizer import Tokenizer
@@ -102,7 +102,8 @@ class Generation:
             request = self._request(asked, prompt)
             known = self._coordinator.find(request.request_id)  # a twin may have come while we encoded
         if known is None:
-            style = AnswerStyle(asked=asked, first_call=_num_calls(asked))
+            first_call = asked.prompt.num_calls if isinstance(asked.prompt, Chat) else 0
+            style = AnswerStyle(asked=asked, first_call=first_call)
             self._answer(request, style)  # raises for tools that it cannot read, while there is time
             return self._coordinator.open(request, style, is_detached=asked.detached)
         if known.asked != asked:
@@ -189,13 +190,6 @@ class Generation:
             raise RequestError(
                 "request_id", f"use 1 to {MAX_ID_LENGTH} printable ASCII characters, or leave it out"
             )
-
-
-def _num_calls(asked: ClientRequest) -> int:
-    """Tool calls that the conversation has had: the next one's number."""
-    if not isinstance(asked.prompt, Chat):
-        return 0
-    return sum(len(message.tool_calls) for message in asked.prompt.messages if message.role == "assistant")
 
 
 def _starts(positions: Sequence[Position], request: Request) -> list[int]:

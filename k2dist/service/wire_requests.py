@@ -154,6 +154,9 @@ def write_request(request: ClientRequest) -> pb.GenerateRequest:
 
 
 def write_sampling(sampling: PartialSampling) -> pb.Sampling:
+    """RequestError for what the schema has no field for."""
+    if sampling.prompt_logprobs is not None:
+        raise RequestError("sampling.prompt_logprobs", "not served over gRPC; `k2dist.LLM` has them")
     return pb.Sampling(
         **{name: getattr(sampling, name) for name in _SCALARS},
         logit_bias=sampling.logit_bias,

@@ -3,7 +3,8 @@
 Pure: values in, values out. `Tokenizer.load` alone reads files.
 """
 
-from k2dist.text.chat import DEFAULT_SYSTEM, encode_chat, render, render_text
+from k2dist.text.chat import DEFAULT_SYSTEM, Chat, encode_chat, render, render_text
+from k2dist.text.output import OutputReader
 from k2dist.text.stream import Passed, Released, StopGate, StopStrings, Utf8Stream
 from k2dist.text.tokenizer import Fragment, Tokenizer, end_token_ids
 from k2dist.text.tool_calls import (
@@ -25,8 +26,10 @@ __all__ = [
     "ArgumentsDelta",
     "CallEnded",
     "CallStarted",
+    "Chat",
     "ContentDelta",
     "Fragment",
+    "OutputReader",
     "Part",
     "Passed",
     "Released",

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from k2dist.errors import RequestError
-from k2dist.messages import ChatMessage, ToolCall
+from k2dist.messages import ChatMessage, Message, ToolCall
 from k2dist.text.tokenizer import (
     CALL_ARGUMENTS,
     CALL_BEGIN,
@@ -35,6 +36,18 @@ from k2dist.text.tool_calls import Tools, normalise_ids
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 _ROLE_MARKS = {"user": IM_USER, "assistant": IM_ASSISTANT}
+
+
+class Chat(Message, frozen=True, kw_only=True):
+    """A conversation that the assistant is to continue. `tools`: JSON objects just as sent."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that the conversation has had: the next one's number."""
+        return sum(len(message.tool_calls) for message in self.messages if message.role == "assistant")
 
 
 def encode_chat(

@@ -4,7 +4,8 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from k2dist.checkpoint import (
     safetensors_file,
     write_checkpoint,
 )
+from k2dist.checkpoint.safetensors_file import SafetensorsFile
 from k2dist.config import Architecture
 from k2dist.errors import CheckpointError
 from k2dist.parallel import TensorRead, first_layout, leftover_tensors, published_tensors, shard_plan
@@ -185,20 +187,25 @@ def test_a_fault_ends_the_reading_at_once(
 ) -> None:
     plan = shard_plan(small, first_layout(small, lanes=1, tp=1), 0)
     started: list[str] = []
-    with CheckpointFiles(pristine) as files:
-        read = files.read
+    open_read = SafetensorsFile.open_read
 
-        def slow_read(wanted: TensorRead) -> Tensor:
-            started.append(wanted.name)
-            time.sleep(0.005)
-            return read(wanted)
+    def open_slow_read(
+        file: SafetensorsFile, wanted: TensorRead
+    ) -> tuple[Tensor, Iterator[Callable[[], int]]]:
+        tensor, pieces = open_read(file, wanted)
+        return tensor, (partial(slowly, fill, wanted.name) for fill in pieces)
 
-        def stop(done: int, total: int) -> None:
-            raise KeyboardInterrupt
+    def slowly(fill: Callable[[], int], name: str) -> int:
+        started.append(name)
+        time.sleep(0.005)
+        return fill()
 
-        monkeypatch.setattr(files, "read", slow_read)
-        with pytest.raises(KeyboardInterrupt):
-            files.read_all(plan, stop)
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetensorsFile, "open_read", open_slow_read)
+    with CheckpointFiles(pristine) as files, pytest.raises(KeyboardInterrupt):
+        files.read_all(plan, stop)
     assert 1 <= len(started) < len(plan.reads) // 2
 
 

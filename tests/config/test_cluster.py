@@ -59,7 +59,7 @@ kernels: fast
     assert found == [
         "x.yaml: paralel: unknown field; did you mean parallel?",
         "x.yaml: name='Not A Name': expected `str` matching regex '^[a-z0-9][a-z0-9-]{0,39}$'",
-        "x.yaml: parallel.ep: unknown field; known here: lanes, tp, expert_only_ranks",
+        "x.yaml: parallel.ep: unknown field; known here: lanes, tp, expert_only_ranks, slots_per_rank",
         "x.yaml: parallel.lanes=0: expected `int` >= 1",
         "x.yaml: parallel.tp='two': expected `int`, got `str`",
         "x.yaml: kernels='fast': use auto or reference",
@@ -119,6 +119,7 @@ def test_every_quantity_says_its_unit() -> None:
     """Numbers are counts (plural or a total), or end in their unit."""
     units = ("_s", "_bytes", "_tokens", "_cpus", "_gpus", "_ranks")
     counts = {"lanes", "tp", "threads", "num_pages", "max_running", "max_waiting", "num_cpus", "max_queued"}
+    counts |= {"slots_per_rank", "num_nodes"}
 
     def numbers(section: type[msgspec.Struct]) -> list[str]:
         names: list[str] = []

@@ -1,19 +1,49 @@
-"""The sampler against exact probabilities, and its filters against twins in plain Python."""
+"""The sampler against exact probabilities, and its filters against plain Python."""
 
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from k2dist.comm import Alone, thread_world
 from k2dist.messages import Sampling
-from k2dist.model.sampler import RowSampling, gumbel, sample, uniform
+from k2dist.model.sampler import RowSampling, SeenTokens, VocabularySlice
+from k2dist.model.sampler import sample as sample_slice
+from k2dist.model.sampler.noise import bits, gumbel, states, uniform_of
 
 
 def row(sampling, position=0, output_index=0, prompt=(), generated=()):
-    return RowSampling(sampling, output_index, position, prompt, generated)
+    return RowSampling(sampling, output_index, position, len(generated), SeenTokens.of(prompt, generated))
+
+
+def sample(logits_SV, rows, end_token_ids=()):
+    return sample_slice(
+        logits_SV, rows, VocabularySlice.whole(logits_SV.shape[1]), end_token_ids=end_token_ids
+    )
+
+
+def sample_on(tp, logits_SV, rows):
+    """Tokens that a lane of `tp` ranks draws, each from its slice."""
+    comms = thread_world(tp, 30.0) if tp > 1 else [Alone()]
+
+    def draw(comm):
+        vocabulary = VocabularySlice.of(comm, logits_SV.shape[1])
+        return sample_slice(
+            logits_SV[:, vocabulary.first :][:, : vocabulary.width], rows, vocabulary
+        ).token_ids
+
+    with ThreadPoolExecutor(tp) as pool:
+        first, *others = pool.map(draw, comms)
+    assert all(other == first for other in others)
+    return first
+
+
+def noise_state(seed, output_index, position):
+    return states([RowSampling(Sampling(seed=seed), output_index, position)], torch.device("cpu"))
 
 
 def sample_one(logits, sampling, **kwargs):
@@ -32,8 +62,8 @@ def softmax(logits):
 # -- the distribution --------------------------------------------------------------------------------------
 
 NUM_DRAWS = 2500
-# Chi-square's 99.9% point for 9 degrees of freedom. Seeds are fixed: a pass is a pass for ever.
-CHI2_9 = 27.88
+# Chi-square's 99.9% point by degrees of freedom. Seeds are fixed: a pass is a pass for ever.
+CHI2 = {3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32, 8: 26.12, 9: 27.88, 10: 29.59}
 
 
 def chi2(counts, probabilities):
@@ -51,7 +81,44 @@ def test_draws_follow_the_softmax_along_every_counter(counter, temperature):
         place = {counter: i} if counter != "seed" else {}
         rows.append(row(Sampling(temperature=temperature, seed=seed), **place))
     drawn = sample(torch.tensor(logits).repeat(NUM_DRAWS, 1), rows).token_ids
-    assert chi2(Counter(drawn), softmax([x / temperature for x in logits])) < CHI2_9
+    assert chi2(Counter(drawn), softmax([x / temperature for x in logits])) < CHI2[9]
+
+
+FILTERS = {
+    "top_k": {"top_k": 6},
+    "top_p": {"top_p": 0.85},
+    "min_p": {"min_p": 0.31},
+    "top_k, top_p": {"top_k": 9, "top_p": 0.8},
+    "top_k, min_p": {"top_k": 8, "min_p": 0.41},
+    "top_p, min_p": {"top_p": 0.97, "min_p": 0.41},
+    "all": {"top_k": 9, "top_p": 0.96, "min_p": 0.51},
+    "all, with bias and penalties": {
+        "top_k": 9,
+        "top_p": 0.96,
+        "min_p": 0.09,
+        "logit_bias": {11: 1.5, 2: -0.7},
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.2,
+    },
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", FILTERS)
+def test_filtered_draws_follow_the_softmax_of_what_is_left(name, tp):
+    """Exact probabilities: of the candidates alone, renormalised."""
+    sampling = Sampling(temperature=1.3, seed=77, **FILTERS[name])
+    logits, prompt, generated = [math.log(1 + i) for i in range(12)], (0, 5, 11), (5, 7, 7, 7)
+    adjusted = naive_adjust(logits, sampling, prompt, generated)
+    left = sorted(naive_candidates(adjusted, sampling))
+    assert 3 < len(left) < 12, "the filters leave some and take some"
+    rows = [row(sampling, i, prompt=prompt, generated=generated) for i in range(NUM_DRAWS)]
+    drawn = Counter(sample_on(tp, torch.tensor(logits).repeat(NUM_DRAWS, 1), rows))
+    assert set(drawn) == set(left)
+    counts = Counter({place: drawn[token_id] for place, token_id in enumerate(left)})
+    probabilities = softmax([adjusted[i] / sampling.temperature for i in left])
+    assert chi2(counts, probabilities) < CHI2[len(left) - 1]
 
 
 def test_a_far_token_is_drawn_as_often_as_it_should():
@@ -87,16 +154,18 @@ def test_noise_is_splitmix64_mixed_from_the_counters():
         for counter in (output_index, position):
             state = mix((state + (counter + 1) * golden) & mask)
         want = [((mix((state + (i + 1) * golden) & mask) >> 12) + 0.5) / 2**52 for i in ids]
-        assert uniform(torch.tensor(ids), seed, output_index, position).tolist() == want
+        bits_1C = bits(torch.tensor(ids), noise_state(seed, output_index, position))
+        assert uniform_of(bits_1C)[0].tolist() == want
 
 
 def test_noise_is_uniform_over_k2s_vocabulary_and_finite():
-    u_C = uniform(torch.arange(163_840), 1, 0, 0)
+    ids, state_11 = torch.arange(163_840), noise_state(1, 0, 0)
+    u_C = uniform_of(bits(ids, state_11))[0]
     counts = Counter((u_C * 64).long().tolist())
     assert chi2(counts, [1 / 64] * 64) < 103.4  # 63 degrees of freedom, 99.9%
     assert 0.0 < u_C.min() < u_C.max() < 1.0
     assert (2**52 - 1 + 0.5) * 2.0**-52 < 1.0  # the largest that can come
-    assert gumbel(torch.arange(163_840), 1, 0, 0).isfinite().all()
+    assert gumbel(ids, state_11).isfinite().all()
 
 
 # -- what a row depends on ---------------------------------------------------------------------------------
@@ -141,6 +210,20 @@ def test_greedy_takes_the_largest_and_the_lower_of_equals():
 # -- filters -----------------------------------------------------------------------------------------------
 
 
+def naive_adjust(logits, sampling, prompt, generated):
+    """Bias and penalties, in plain floats."""
+    adjusted = []
+    for token_id, logit in enumerate(logits):
+        logit += sampling.logit_bias.get(token_id, 0.0)
+        if token_id in prompt or token_id in generated:
+            factor = sampling.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        count = generated.count(token_id)
+        logit -= sampling.presence_penalty * (count > 0) + sampling.frequency_penalty * count
+        adjusted.append(logit)
+    return adjusted
+
+
 def naive_candidates(logits, sampling):
     """Ids left by the filters, in plain floats."""
     scaled = [x / sampling.temperature for x in logits]
@@ -175,7 +258,7 @@ samplings = st.builds(
 @example(logits=[0.0, 2.0], sampling=Sampling(temperature=1.0, top_p=0.0))
 def test_draws_are_the_noisiest_of_the_candidates(logits, sampling):
     candidates = sorted(naive_candidates(logits, sampling))
-    noise_C = gumbel(torch.tensor(candidates), sampling.seed, 1, 42).tolist()
+    noise_C = gumbel(torch.tensor(candidates), noise_state(sampling.seed, 1, 42))[0].tolist()
     noisy = [logits[i] / sampling.temperature + g for i, g in zip(candidates, noise_C, strict=True)]
     want = candidates[noisy.index(max(noisy))]
     assert sample_one(logits, sampling, output_index=1, position=42) == want

@@ -33,7 +33,7 @@ def tensors(rig: Rig, architecture: Architecture) -> dict[str, Tensor]:
 
 def build(tensors: dict[str, Tensor], architecture: Architecture) -> Weights:
     place = first_layout(architecture, lanes=1, tp=1).place(0)
-    return assemble(tensors, architecture, place, 1, KERNELS)
+    return assemble(dict(tensors), architecture, place, 1, KERNELS)
 
 
 def test_a_missing_tensor_is_named(architecture: Architecture, tensors: dict[str, Tensor]) -> None:

@@ -1,13 +1,19 @@
 """Whatever the limits, the pages, the company and the accidents: the tokens are those of a sequence alone."""
 
+from random import Random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2dist.errors import RequestError
+from k2dist.errors import CapacityError, RequestError
 from k2dist.messages import FinishReason, Request, Sampling
 from k2dist.scheduler import Limits
 
 MAX_POSITIONS = 40
+STOPS = [(), ("ab",), ("cc", "d"), ("fg", "ffgg", "k")]
+# Prompts begin alike, so that prefixes are found; and differ somewhere, so that wrong ones would show.
+COMMON = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
 
 @st.composite
@@ -19,23 +25,29 @@ def some_limits(draw: st.DrawFn) -> Limits:
         chunk_tokens=draw(st.integers(1, step_tokens)),
         max_running=max_running,
         max_waiting=64,
+        ageing_s=draw(st.sampled_from([1, 60])),
+        reuse_generated=draw(st.booleans()),
     )
 
 
 @st.composite
 def some_request(draw: st.DrawFn, name: str) -> Request:
+    common = COMMON[: draw(st.integers(0, len(COMMON)))]
     return Request(
         request_id=name,
-        prompt=tuple(draw(st.lists(st.integers(1, 11), min_size=1, max_size=14))),
+        prompt=common + tuple(draw(st.lists(st.integers(1, 11), min_size=not common, max_size=6))),
         num_outputs=draw(st.integers(1, 3)),
-        priority=draw(st.integers(0, 1)),
+        priority=draw(st.integers(-1, 1)),
+        tenant=draw(st.sampled_from(["", "b"])),
+        timeout_s=draw(st.sampled_from([None, None, None, 3.0])),
         sampling=Sampling(
             seed=draw(st.integers(0, 255)),
             max_tokens=draw(st.integers(1, 16)),
             min_tokens=draw(st.integers(0, 4)),
             ignore_eos=draw(st.booleans()),
-            stop=draw(st.sampled_from([(), ("ab",), ("cc", "d"), ("fg", "ffgg", "k")])),
+            stop=draw(st.sampled_from(STOPS)),
             stop_token_ids=draw(st.sampled_from([(), (5,), (7, 9)])),
+            prompt_logprobs=draw(st.sampled_from([None, None, 1])),
         ),
     )
 
@@ -44,7 +56,8 @@ requests = st.integers(1, 6).flatmap(lambda n: st.tuples(*(some_request(f"r{i}")
 # What happens, in order: a new request, a step (without prefill, too), an accident.
 moments = st.lists(
     st.sampled_from(
-        ["add", "add", "step", "step", "step", "decode", "abort", "abort in step", "lose pages", "lose all"]
+        ["add", "add", "step", "step", "step", "decode", "wait", "abort", "abort in step", "lose pages"]
+        + ["lose all", "spoil"]
     ),
     max_size=40,
 )
@@ -56,11 +69,13 @@ def test_tokens_do_not_depend_on_company_or_accidents(
     fake_lane, solo_answer, limits, num_pages, page_tokens, requests, moments, data
 ):
     lane = fake_lane(limits, num_pages=num_pages, page_tokens=page_tokens, max_positions=MAX_POSITIONS)
-    to_add, aborted, added = list(requests), set(), []
+    to_add, cut_off, added = list(requests), set(), []
     for moment in [*moments, *(["add"] * len(to_add))]:
         if moment == "add" and to_add:
             request = to_add.pop(0)
             full_len = min(len(request.prompt) + request.sampling.max_tokens, MAX_POSITIONS)
+            found = lane.scheduler.cached_prefix_len(request.prompt, request.tenant)
+            assert found == lane.hits(request.prompt, request.tenant)
             try:
                 lane.add(request)
                 added.append(request)
@@ -70,26 +85,39 @@ def test_tokens_do_not_depend_on_company_or_accidents(
                 assert full_len <= num_pages * page_tokens
         elif moment in ("step", "decode"):
             lane.step(prefill=moment == "step")
+        elif moment == "wait":
+            lane.now_s += 1
         elif moment == "lose pages":
             lane.lose_pages()
         elif added:  # an abort; between steps, in a step, or in a step that is lost with all pages
             name = data.draw(st.sampled_from(added)).request_id
-            aborted.add(name)
+            cut_off.add(name)
             plan = None if moment == "abort" else lane.plan()
-            lane.abort(name)
+            lane.abort(name, is_spoiled=moment == "spoil")
             if moment == "lose all":
                 lane.lose_pages()
             elif plan is not None:
                 lane.commit(plan)
     lane.finish()
     for request in added:
-        for index in range(request.num_outputs):
-            got, alone = lane.answers[request.request_id, index], solo_answer(request, index, MAX_POSITIONS)
-            if request.request_id in aborted and got.finish is FinishReason.ABORT:
-                assert got.token_ids == alone.token_ids[: len(got.token_ids)]
-                assert len(got.token_ids) < len(alone.token_ids)
-            else:
-                assert got == alone
+        check_answers(lane, request, solo_answer, may_be_cut=request.request_id in cut_off)
+
+
+def check_answers(lane, request: Request, solo_answer, *, may_be_cut: bool) -> None:
+    """All outputs are what they are alone; one that was aborted, or ran out of time, is the beginning of it."""
+    for index in range(request.num_outputs):
+        got, alone = lane.answers[request.request_id, index], solo_answer(request, index, MAX_POSITIONS)
+        if got.finish is FinishReason.ABORT:
+            assert may_be_cut or "timeout_s" in got.error
+            assert request.timeout_s is not None or not got.error
+            assert got.token_ids == alone.token_ids[: len(got.token_ids)]
+            assert len(got.token_ids) < len(alone.token_ids)
+        else:
+            assert got == alone
+        if request.sampling.prompt_logprobs is not None and index == 0 and got.token_ids:
+            assert [score.token_id for score in got.prompt_logprobs] == list(request.prompt[1:])
+        else:
+            assert index == 0 or not got.prompt_logprobs
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -139,3 +167,65 @@ def test_wants_prefill_says_whether_prefill_would_do_more(fake_lane, limits, num
         if not wanted:
             assert all(grant.samples and grant.num_tokens == 1 for grant in plan.grants)
             assert not plan.new
+
+
+def long_request(rng: Random, number: int) -> Request:
+    """Of one of four conversations, each a tree of prompts that begin alike."""
+    common = tuple(1 + (token * 7 + rng.randrange(4)) % 11 for token in COMMON[:1]) + COMMON[1:]
+    prompt = common[: rng.randint(1, 12)] + tuple(rng.randint(1, 11) for _ in range(rng.randint(0, 6)))
+    return Request(
+        request_id=f"r{number}",
+        prompt=prompt,
+        num_outputs=rng.choice([1, 1, 1, 2]),
+        priority=rng.choice([0, 0, 0, 1, 5]),
+        tenant=rng.choice(["", "b", "c"]),
+        timeout_s=rng.choice([None, None, None, 4.0]),
+        sampling=Sampling(
+            seed=rng.randrange(256),
+            max_tokens=rng.randint(1, 16),
+            ignore_eos=rng.random() < 0.5,
+            stop=rng.choice(STOPS),
+            prompt_logprobs=rng.choice([None, None, None, 0]),
+        ),
+    )
+
+
+@pytest.mark.parametrize("reuse_generated", [False, True])
+@pytest.mark.parametrize("num_pages", [11, 30])
+def test_a_lane_that_is_never_idle_stays_right(fake_lane, solo_answer, num_pages, reuse_generated) -> None:
+    """Three thousand events each, short of pages or not: nobody waits for ever, and all of it comes true."""
+    rng = Random(num_pages)
+    limits = Limits(
+        step_tokens=16, chunk_tokens=6, max_running=5, max_waiting=12, reuse_generated=reuse_generated, ageing_s=5
+    )
+    lane = fake_lane(limits, num_pages=num_pages, page_tokens=4, max_positions=MAX_POSITIONS)
+    asked, cut_off, arrived_s = [], set(), {}
+    for number in range(3000):
+        event = rng.choices(["add", "step", "decode", "abort", "lose"], [40, 50, 6, 2, 0.3])[0]
+        lane.now_s += 0.1
+        if event == "add":
+            request = long_request(rng, number)
+            try:
+                lane.add(request)
+            except CapacityError:
+                continue  # the queue is full, as it should be most of the time
+            asked.append(request)
+            arrived_s[request.request_id] = lane.now_s
+        elif event == "abort" and lane.scheduler.has_work:
+            name = rng.choice(lane.scheduler.live()).request_id
+            cut_off.add(name)
+            lane.abort(name)
+        elif event == "lose":
+            lane.lose_pages()
+        else:
+            lane.step(prefill=event != "decode")
+        for live in lane.scheduler.live():
+            waited_s = lane.now_s - arrived_s[live.request_id]
+            assert waited_s < 60, f"{live.request_id} of priority {live.priority} waits for ever"
+    lane.finish()
+    for request in asked:
+        check_answers(lane, request, solo_answer, may_be_cut=request.request_id in cut_off)
+    assert sum(answer.cached_tokens > 0 for answer in lane.answers.values()) > len(asked) / 10
+    starts = [new.seq_id for plan in lane.plans for new in plan.new]
+    assert len(starts) - len(set(starts)) > 10, "nobody had to start again"
+    assert sum(bool(answer.error) for answer in lane.answers.values()) > 10, "nobody ran out of time"

@@ -1,5 +1,7 @@
 """What the scheduler promises its callers, one promise to a test."""
 
+import zlib
+
 import pytest
 
 from k2dist.errors import CapacityError, ConfigError, RequestError
@@ -13,11 +15,17 @@ def request(name: str = "r", prompt: int = 3, priority: int = 0, num_outputs: in
     sampling = {"max_tokens": 4, "ignore_eos": True} | sampling
     return Request(
         request_id=name,
-        prompt=(1,) * prompt,
+        prompt=prompt_of(name, prompt),
         priority=priority,
         num_outputs=num_outputs,
         sampling=Sampling(**sampling),
     )
+
+
+def prompt_of(name: str, num_tokens: int) -> tuple[int, ...]:
+    """Tokens 1 to 11, for each name others."""
+    digits = zlib.crc32(name.encode())
+    return tuple(1 + digits // 11 ** (i % 9) % 11 for i in range(num_tokens))
 
 
 def lane_of(fake_lane, limits: Limits = LIMITS, num_pages: int = 8):

@@ -3,6 +3,8 @@
 After a change that is meant, write them anew and read the difference:  python tests/scheduler/test_traces.py
 """
 
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def test_transcript(path: Path, fake_lane: type) -> None:
 
 
 def test_transcripts_are_found() -> None:
-    assert len(TRACES) >= 3
+    assert len(TRACES) >= 11
 
 
 def transcribe(text: str, fake_lane: type) -> str:
@@ -41,8 +43,10 @@ def transcribe(text: str, fake_lane: type) -> str:
             if verb == "add":
                 lane.add(_request(*words))
             elif verb == "abort":
-                events = lane.scheduler.abort(words[0], 0.0)
+                events = lane.scheduler.abort(words[0], lane.now_s)
                 lane.take(events)
+            elif verb == "wait":
+                lane.now_s += float(words[0])
             elif verb in ("plan", "step"):
                 plan = lane.plan(prefill="decode" not in words)
                 lines += _describe_plan(plan)
@@ -51,7 +55,7 @@ def transcribe(text: str, fake_lane: type) -> str:
             elif verb == "commit":
                 events = lane.commit(plan)
             else:
-                assert verb == "lose", f"{line}: add, abort, plan, commit, step or lose"
+                assert verb == "lose", f"{line}: add, abort, wait, plan, commit, step or lose"
                 lane.lose_pages()
             lines += [_describe_event(event) for event in events]
             lines.append(_describe_load(lane))
@@ -65,17 +69,31 @@ def _begin(line: str, fake_lane: type):
 
 
 def _request(name: str, *words: str) -> Request:
-    """`add NAME prompt=N max_tokens=N [priority=N] [num_outputs=N]`; it does not stop before max_tokens."""
-    numbers = _numbers(words)
+    """`add NAME prompt=N max_tokens=N [shared=N] [like=NAME] [tenant=T] [timeout_s=N] [priority=N] ...`.
+
+    It does not stop before max_tokens. The first `shared` tokens of its prompt are those of every such prompt,
+    the others those of the request that it is like.
+    """
+    texts = {"tenant": "", "like": name}
+    texts |= dict(word.split("=") for word in words if word.split("=")[0] in texts)
+    numbers = _numbers(word for word in words if word.split("=")[0] not in texts)
+    num_shared, num_tokens = numbers.pop("shared", 0), numbers.pop("prompt")
     return Request(
         request_id=name,
-        prompt=(1,) * numbers.pop("prompt"),
+        prompt=prompt_of("", num_shared) + prompt_of(texts["like"], num_tokens - num_shared),
+        tenant=texts["tenant"],
         sampling=Sampling(max_tokens=numbers.pop("max_tokens"), ignore_eos=True),
         **numbers,
     )
 
 
-def _numbers(words) -> dict[str, int]:
+def prompt_of(name: str, num_tokens: int) -> tuple[int, ...]:
+    """Tokens 1 to 11, for each name others."""
+    digits = zlib.crc32(name.encode())
+    return tuple(1 + digits // 11 ** (i % 9) % 11 for i in range(num_tokens))
+
+
+def _numbers(words: Iterable[str]) -> dict[str, int]:
     return {name: int(number) for name, number in (word.split("=") for word in words)}
 
 
@@ -85,6 +103,8 @@ def _describe_plan(plan: StepPlan) -> list[str]:
         lines.append(f"      released   {' '.join(map(str, plan.released))}")
     for new in plan.new:
         known = f"{len(new.prompt)} prompt" + (f", {len(new.generated)} generated" if new.generated else "")
+        (start,) = (grant.start for grant in plan.grants if grant.seq_id == new.seq_id)
+        known += f", {start} cached" if start else ""
         lines.append(f"      new        {new.seq_id}: {new.request_id}/{new.output_index}, {known}")
     for table in plan.page_tables:
         lines.append(f"      pages      {table.seq_id}: [{table.first}:] = {' '.join(map(str, table.pages))}")
@@ -97,15 +117,18 @@ def _describe_plan(plan: StepPlan) -> list[str]:
 
 
 def _describe_event(event: Event) -> str:
-    delta = f"token {event.first_index}" if event.token_ids else f"after token {event.first_index - 1}"
-    return f"    {event.request_id}/{event.output_index}: {delta}" + (
-        f", {event.finish}" if event.finish else ""
-    )
+    before = f"after token {event.first_index - 1}" if event.first_index else "before its first token"
+    delta = f"token {event.first_index}" if event.token_ids else before
+    end = f", {event.finish}" if event.finish else ""
+    return f"    {event.request_id}/{event.output_index}: {delta}{end}" + (f": {event.error}" if event.error else "")
 
 
 def _describe_load(lane) -> str:
     load = lane.scheduler.load(0)
-    return f"    {load.num_running} running, {load.num_waiting} waiting, {load.num_pages_free} pages free"
+    cached = f", {load.num_pages_cached} of them cached" if load.num_pages_cached else ""
+    return (
+        f"    {load.num_running} running, {load.num_waiting} waiting, {load.num_pages_free} pages free{cached}"
+    )
 
 
 def _rewrite() -> None:

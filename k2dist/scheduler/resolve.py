@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
+from k2dist.config.generation_config import SamplingDefaults
 from k2dist.errors import RequestError
 from k2dist.messages import Message, Sampling
-from k2dist.scheduler import check_sampling
-from k2dist.service.client_request import PartialSampling
+from k2dist.scheduler.bounds import check_sampling
 
 T = TypeVar("T")
 
-DEFAULT_TEMPERATURE = 0.6  # Kimi-K2-Instruct's model card
 
+class PartialSampling(Message, frozen=True, kw_only=True):
+    """`messages.Sampling` as a client gives it: None where it said nothing."""
 
-class SamplingDefaults(Message, frozen=True, kw_only=True):
-    """What the model's generation_config.json says for clients that say nothing."""
-
-    temperature: float = DEFAULT_TEMPERATURE
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 def resolve_sampling(
@@ -58,6 +70,7 @@ def resolve_sampling(
         stop_token_ids=said.stop_token_ids,
         ignore_eos=_first(said.ignore_eos, False),
         logprobs=said.logprobs,
+        prompt_logprobs=said.prompt_logprobs,
     )
     check_sampling(resolved, vocab_size)
     if resolved.max_tokens > room:

@@ -1,0 +1,106 @@
+"""`k2dist verify`: every byte of a checkpoint, and what its model computes, against what they should be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from k2dist.cli.comparison import Comparison, compare
+from k2dist.config import read_architecture
+from k2dist.errors import CheckpointError
+from k2dist.messages import Message
+
+NUM_FAULTS_SHOWN = 20
+LOGIT_TOLERANCE = 1e-4  # of the largest logit; two right implementations in float32 are a tenth of it apart
+
+
+class VerifyReport(Message, frozen=True, kw_only=True):
+    """A checkpoint in which nothing is wrong."""
+
+    model: str
+    num_tensors: int
+    num_bytes: int
+    manifest: str
+    is_new_manifest: bool
+    transformers: Comparison
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    manifest: Annotated[
+        Path | None, typer.Option(help="Where the checksums are; default: beside the checkpoint.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was found as one JSON object.")] = False,
+) -> None:
+    """Check names, sizes, values and checksums of a checkpoint, and its logits against transformers.
+
+    Checksums are written where there are none; each rank checks its own when it starts.
+    """
+    # With torch: not for `stop` and `chat`.
+    from k2dist.checkpoint.manifest import MANIFEST_NAME, ManifestChecker, read_manifest, write_manifest
+    from k2dist.checkpoint.survey import survey
+
+    architecture = read_architecture(model)
+    path = manifest or model / MANIFEST_NAME
+    is_new = not path.exists()
+    checker = None if is_new else ManifestChecker(read_manifest(path), architecture, str(path))
+    with _bar(is_quiet=as_json) as show:
+        found = survey(model, architecture, show)
+    _raise_faults(model, [*found.faults, *(checker.differences(found.manifest) if checker else ())])
+    if is_new:
+        write_manifest(path, found.manifest)
+    report = VerifyReport(
+        model=str(model),
+        num_tensors=len(found.manifest.digests),
+        num_bytes=found.num_bytes,
+        manifest=str(path),
+        is_new_manifest=is_new,
+        transformers=compare(model, architecture),
+    )
+    off = report.transformers.off
+    if off is not None and not off <= LOGIT_TOLERANCE:  # NaN is a fault too
+        raise CheckpointError(
+            f"{model}: logits are {off:.2g} of the largest away from transformers' ones "
+            f"(at most {LOGIT_TOLERANCE:g})"
+        )
+    typer.echo(msgspec.json.encode(report).decode() if as_json else _as_text(report))
+
+
+def _raise_faults(model: Path, faults: list[str]) -> None:
+    """A line per fault, up to a screenful."""
+    if faults:
+        rest = len(faults) - NUM_FAULTS_SHOWN
+        more = [f"and {rest} faults more"] if rest > 0 else []
+        raise CheckpointError("\n".join(f"{model}: {line}" for line in faults[:NUM_FAULTS_SHOWN] + more))
+
+
+def _as_text(report: VerifyReport) -> str:
+    were = "written to" if report.is_new_manifest else "as in"
+    comparison = report.transformers
+    if comparison.off is None:
+        logits = f"logits not compared with transformers: {comparison.reason}"
+    else:
+        off = f"at most {comparison.off:.1g} of the largest away"
+        logits = f"logits as of transformers {comparison.version}, {off}"
+    return (
+        f"{report.model}: {report.num_tensors:,} tensors, {report.num_bytes:,} bytes, nothing wrong\n"
+        f"checksums {were} {report.manifest}\n{logits}"
+    )
+
+
+@contextmanager
+def _bar(*, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """`show(bytes done, bytes in all)`: a bar on a terminal, nothing elsewhere."""
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    is_shown = sys.stderr.isatty() and not is_quiet
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as progress:
+        task = progress.add_task("reading")
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,173 @@
+"""A rank's self-test, between its load and its first step: no rank is ready before it passes.
+
+    read again  ── its bytes are those of the manifest, if `k2dist verify` has written one
+      └ laid out again ── what lies in this rank's slots has the same bits
+      └ in float64 ── the kernels compute the same on a short sequence, half layer by half layer
+
+Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
+beyond the weights is one decoder layer, as stored and as laid out. No other rank takes part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from k2kernels import KernelSet
+from msgspec.structs import replace
+from torch import Tensor
+
+from k2dist.checkpoint import CheckpointFiles
+from k2dist.checkpoint.manifest import ManifestChecker, find_checker
+from k2dist.config import Architecture
+from k2dist.engine.kernel_check import KernelCheck
+from k2dist.engine.resident import SecondLook
+from k2dist.errors import CheckpointError, FaultyRankError, K2Error
+from k2dist.messages import Message
+from k2dist.model.weights import Weights, assemble_ends, assemble_layer
+from k2dist.parallel import Layout, RankPlace, ShardPlan, TensorRead, shard_plan
+
+NUM_FAULTS_SHOWN = 5
+NUM_HASH_THREADS = 4
+_LAYERS = "model.layers."
+
+
+class SelfTestReport(Message, frozen=True, kw_only=True):
+    """A self-test that passed. `worst_error`: of the kernels against float64, a row's, as a share."""
+
+    num_tensors: int
+    num_bytes: int
+    has_manifest: bool
+    worst_error: float
+    test_s: float
+
+
+def self_test(
+    model_dir: Path,
+    architecture: Architecture,
+    layout: Layout,
+    world_rank: int,
+    weights: Weights,
+    kernels: KernelSet,
+    *,
+    page_tokens: int,
+) -> SelfTestReport:
+    """Test what `world_rank` holds and computes; returns if all is right.
+
+    Errors: CheckpointError if files are not those of the manifest, FaultyRankError if memory or kernels are
+    at fault. Both name the tensor or the half layer, of the first decoder layer where something is wrong.
+    """
+    started_s = time.monotonic()
+    checker = find_checker(model_dir, architecture)
+    plan = shard_plan(architecture, layout, world_rank)
+    rank = f"world rank {world_rank}"
+    test = _SelfTest(architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens)
+    with CheckpointFiles(model_dir) as files, torch.inference_mode():
+        for layer, part in _by_layer(plan):
+            tensors = files.read_all(part)
+            if checker is not None:
+                _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
+            _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
+            _raise(FaultyRankError, rank, test.kernel_faults(layer, tensors))
+        _raise(FaultyRankError, rank, test.head_faults())
+    return SelfTestReport(
+        num_tensors=len(plan.reads),
+        num_bytes=plan.num_bytes,
+        has_manifest=checker is not None,
+        worst_error=test.worst_error,
+        test_s=time.monotonic() - started_s,
+    )
+
+
+class _SelfTest:
+    """One rank under test: first its ends (layer None), where it has a lane, then its layers in order."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        place: RankPlace,
+        tp: int,
+        weights: Weights,
+        kernels: KernelSet,
+        page_tokens: int,
+    ) -> None:
+        self._architecture = architecture
+        self._place = place
+        self._tp = tp
+        self._weights = weights
+        self._kernels = kernels
+        self._check = KernelCheck(architecture, place, tp, page_tokens, kernels)
+        self._check.begin(weights.lane)
+        self._head: dict[str, Tensor] = {}  # its tensors, kept until the stream has come there
+
+    @property
+    def worst_error(self) -> float:
+        return self._check.worst
+
+    def memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        look = SecondLook(tensors, self._architecture.scale_block)
+        if layer is None:
+            yield from self._end_faults(look, tensors)
+            return
+        again, experts = assemble_layer(
+            tensors, self._architecture, self._place, self._tp, self._kernels, layer
+        )
+        if again is not None:
+            assert self._weights.lane is not None
+            yield from look.layer(self._weights.lane.layers[layer], again, layer)
+        if experts is not None:
+            moe_layer = layer - self._architecture.first_dense_layers
+            slots = self._place.experts[moe_layer]
+            yield from look.experts(self._weights.experts[moe_layer], experts, layer, slots)
+
+    def kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        if layer is None:
+            return
+        lane, experts = self._weights.lane, None
+        if self._architecture.is_moe_layer(layer):
+            experts = self._weights.experts[layer - self._architecture.first_dense_layers]
+        yield from self._check.layer(layer, None if lane is None else lane.layers[layer], experts, tensors)
+
+    def head_faults(self) -> Iterator[str]:
+        if self._weights.lane is not None:
+            yield from self._check.head(self._weights.lane, self._head)
+
+    def _end_faults(self, look: SecondLook, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        lane, tp_rank = self._weights.lane, self._place.tp_rank
+        assert lane is not None, "a rank without a lane reads no ends"
+        assert tp_rank is not None
+        again = assemble_ends(tensors, self._architecture, tp_rank, self._tp, self._kernels)
+        yield from look.ends(lane, again)
+        self._head = {name: tensors[name] for name in ("model.norm.weight", "lm_head.weight")}
+
+
+def _by_layer(plan: ShardPlan) -> Iterator[tuple[int | None, ShardPlan]]:
+    """The plan's reads of embedding, norm and head (None), then of each layer in order."""
+    by_layer: dict[int | None, list[TensorRead]] = {}
+    for read in plan.reads:
+        by_layer.setdefault(_layer_of(read.name), []).append(read)
+    for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
+        yield layer, replace(plan, reads=tuple(by_layer[layer]), skips=())
+
+
+def _layer_of(name: str) -> int | None:
+    return int(name.removeprefix(_LAYERS).split(".")[0]) if name.startswith(_LAYERS) else None
+
+
+def _file_faults(checker: ManifestChecker, part: ShardPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Hashing leaves Python's lock, so threads share it."""
+    with ThreadPoolExecutor(NUM_HASH_THREADS, thread_name_prefix="hash") as pool:
+        for faults in pool.map(lambda read: list(checker.faults(read, tensors[read.name])), part.reads):
+            yield from faults
+
+
+def _raise(kind: type[K2Error], whose: str, faults: Iterator[str]) -> None:
+    """An error that lists the first of `faults`; none if there is none."""
+    listed = list(faults)
+    if listed:
+        rest = len(listed) - NUM_FAULTS_SHOWN
+        more = f"; and {rest} more" if rest > 0 else ""
+        raise kind(f"{whose}: self-test: " + "; ".join(listed[:NUM_FAULTS_SHOWN]) + more)

@@ -1,0 +1,53 @@
+"""Bytes of a step's temporary tensors on one rank: estimates from above, of the largest layer of each sort.
+
+The exchange is sized for `imbalance` times the rows that a rank would get if the router chose evenly, and
+never for more than all rows of all lanes: more cannot come. A rank that gets more than planned takes it from
+the reserve.
+
+    own rows ──sent, once to each rank that holds any of their experts──> arrived rows ──> pairs of row, slot
+    own rows x top_k outputs <───────────────────────────────────────────────────────── one output per pair
+"""
+
+from __future__ import annotations
+
+import math
+
+from k2dist.config.architecture import Architecture
+from k2dist.planner.terms import Terms
+
+SLOT_BYTES = 4  # int32, top_k of them beside each row on its way (comm.exchange)
+FLOAT32_BYTES = 4  # scales of quantised rows, sums, logits
+
+
+def exchange_bytes(
+    architecture: Architecture, terms: Terms, *, own_rows: int, lanes: int, slots: int, all_slots: int
+) -> int:
+    """Of one MoE layer on a rank with `slots` of the layer's `all_slots`: rows and outputs, out and back."""
+    a, stream_bytes = architecture, terms.form.stream_bytes
+    rows = lanes * terms.step_tokens
+    even_pairs = rows * a.top_k * slots / all_slots
+    pairs = min(rows * min(a.top_k, slots), math.ceil(terms.imbalance * even_pairs))
+    row_bytes = _row_bytes(a, stream_bytes) + SLOT_BYTES * a.top_k
+    rows_out_and_in = (own_rows * a.top_k + min(rows, pairs)) * row_bytes
+    computed = pairs * 3 * a.moe_intermediate_size * stream_bytes  # gate, up, and their product
+    outputs = 2 * (pairs + own_rows * a.top_k) * a.hidden_size * stream_bytes  # sorted, and as they travel
+    return rows_out_and_in + computed + outputs
+
+
+def activation_bytes(architecture: Architecture, terms: Terms, *, tp: int) -> int:
+    """Of attention, the dense layers and the head on one rank of a lane: one of them at a time."""
+    a, rows, stream_bytes = architecture, terms.step_tokens, terms.form.stream_bytes
+    stream = 2 * rows * a.hidden_size * stream_bytes  # before and after a norm
+    partial = rows * a.hidden_size * FLOAT32_BYTES  # sums on their way to other ranks
+    compressed = a.q_lora_rank + a.latent_dim
+    per_head = 2 * a.qk_head_dim + a.latent_dim + a.kv_lora_rank + a.v_head_dim
+    attention = rows * (compressed + a.num_heads // tp * per_head) * stream_bytes + partial
+    dense = rows * 3 * (a.intermediate_size // tp) * stream_bytes + partial
+    logits = 2 * terms.max_samples * a.vocab_size * FLOAT32_BYTES  # this rank's slice, and all of them
+    return stream + max(attention, dense if a.first_dense_layers else 0, logits)
+
+
+def _row_bytes(architecture: Architecture, stream_bytes: int) -> int:
+    """Of one row on its way to experts: quantised where their weights are (k2kernels.wire)."""
+    hidden, block = architecture.hidden_size, architecture.scale_block
+    return hidden * stream_bytes if block is None else hidden + FLOAT32_BYTES * -(-hidden // block)

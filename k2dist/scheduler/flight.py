@@ -1,0 +1,49 @@
+"""The step that is planned and not committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from k2dist.ids import SeqId
+from k2dist.messages import Grant, StepPlan, StepResult
+from k2dist.scheduler.sequence import Sequence
+
+
+@dataclass(eq=False)
+class Flight:
+    """Built up while a step is planned; `plan` then says what the ranks are told."""
+
+    grants: list[Grant] = field(default_factory=list)
+    sampling: list[Sequence] = field(default_factory=list)  # of each grant that samples, in their order
+    seq_ids: list[SeqId] = field(default_factory=list)  # of those
+    chunks: list[tuple[Sequence, Grant]] = field(default_factory=list)  # of those that did not decode
+    plan: StepPlan | None = None
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        """Grant the next `num_tokens` positions to a sequence that catches up."""
+        start = seq.computed_len
+        samples = start + num_tokens == seq.known_len
+        grant = Grant(
+            seq_id=seq.id, start=start, num_tokens=num_tokens, samples=samples, scores=seq.wants_scores
+        )
+        self.grants.append(grant)
+        self.chunks.append((seq, grant))
+        if samples:
+            self.sampling.append(seq)
+            self.seq_ids.append(seq.id)
+
+    def computes(self, seq: Sequence) -> bool:
+        """Whether the step writes the sequence's pages."""
+        return seq.id in self._computed
+
+    @cached_property
+    def _computed(self) -> frozenset[SeqId]:
+        return frozenset(grant.seq_id for grant in self.grants)
+
+    def check_result(self, result: StepResult) -> None:
+        """Assert that `result` is of this step, with a token for each grant that samples."""
+        assert self.plan is not None, "not planned to its end"
+        planned = (self.plan.generation, self.plan.step)
+        assert (result.generation, result.step) == planned, f"{result} is not of {self.plan}"
+        assert list(result.seq_ids) == self.seq_ids, f"sampled {result.seq_ids}, planned {self.seq_ids}"
