@@ -1,8 +1,9 @@
 """What planning and committing one step costs a lane's first rank, by how many sequences live.
 
 The scheduler is the real one and nothing else runs: results are made up outside of the measured time. Every
-running sequence decodes; each page's end is crossed once in `page_tokens` steps, by all sequences at once or
-spread out, as prompts of different lengths would have it.
+running sequence decodes and is given a page once in `PAGE_TOKENS` steps; their prompts differ in length, so
+each step gives as many of them one. What the calls return is freed outside of the measured time: it is the
+caller's, and goes when all have read it.
 """
 
 from __future__ import annotations
@@ -32,37 +33,37 @@ class SchedulerCost(Message, frozen=True, kw_only=True):
     plan_ms: float
     commit_ms: float
     step_ms: float  # plan and commit of the same step
+    step_ms_min: float  # of the fastest step
     step_ms_max: float  # of the slowest step
-
-    @property
-    def row_us(self) -> float:
-        """Of one granted row."""
-        return self.step_ms * 1e3 / self.num_decoding
+    row_us: float  # of one granted row in a median step
 
 
 def measure(cases: Sequence[tuple[int, int]] = CASES, num_steps: int = NUM_STEPS) -> Iterator[SchedulerCost]:
     """The cost of each case, (decoding, waiting), as it becomes known. UsageError: a count out of range."""
     for num_decoding, num_waiting in cases:
-        if num_decoding < 1 or num_waiting < 0:
-            raise UsageError(f"{num_decoding} decoding, {num_waiting} waiting: use at least 1 and 0")
+        if num_decoding < 1:
+            raise UsageError(f"--decoding={num_decoding}: use at least 1")
+        if num_waiting < 0:
+            raise UsageError(f"--waiting={num_waiting}: use at least 0")
         if num_steps < 1:
             raise UsageError(f"--steps={num_steps}: use at least 1")
         yield _measure(num_decoding, num_waiting, num_steps)
 
 
 def _measure(num_decoding: int, num_waiting: int, num_steps: int) -> SchedulerCost:
-    scheduler = _full_lane(num_decoding, num_waiting, num_steps)
+    scheduler = full_lane(num_decoding, num_waiting, num_steps)
     plans, commits = [], []
     for step in range(1, num_steps + 1):
         started_s = time.perf_counter()
         plan = scheduler.plan(Generation(0), step, started_s)
         planned_s = time.perf_counter()
-        result = _made_up(plan)
+        result = made_up(plan)
         before_s = time.perf_counter()
-        scheduler.commit(result, before_s)
+        events = scheduler.commit(result, before_s)
         commits.append((time.perf_counter() - before_s) * 1e3)
         plans.append((planned_s - started_s) * 1e3)
-        assert len(plan.grants) == num_decoding, "somebody does not decode"
+        assert len(plan.grants) == len(events) == num_decoding, "somebody does not decode"
+        del plan, result, events  # else the next calls would pay for it
     steps = [plan_ms + commit_ms for plan_ms, commit_ms in zip(plans, commits, strict=True)]
     return SchedulerCost(
         num_decoding=num_decoding,
@@ -71,18 +72,19 @@ def _measure(num_decoding: int, num_waiting: int, num_steps: int) -> SchedulerCo
         plan_ms=median(plans),
         commit_ms=median(commits),
         step_ms=median(steps),
+        step_ms_min=min(steps),
         step_ms_max=max(steps),
+        row_us=median(steps) * 1e3 / num_decoding,
     )
 
 
-def _full_lane(num_decoding: int, num_waiting: int, num_steps: int) -> Scheduler:
+def full_lane(num_decoding: int, num_waiting: int, num_steps: int) -> Scheduler:
     """A lane whose places are taken by sequences that decode on, while others of many tenants wait."""
     max_tokens = num_steps + 2
     pages_each = -(-(PAGE_TOKENS + max_tokens) // PAGE_TOKENS)
-    step_tokens = num_decoding * PAGE_TOKENS
     scheduler = Scheduler(
         Limits(
-            step_tokens=step_tokens,
+            step_tokens=num_decoding * PAGE_TOKENS,  # all prompts in one step
             chunk_tokens=PAGE_TOKENS,
             max_running=num_decoding,
             max_waiting=num_decoding + num_waiting,
@@ -94,7 +96,8 @@ def _full_lane(num_decoding: int, num_waiting: int, num_steps: int) -> Scheduler
     )
     for number in range(num_decoding):
         scheduler.add(_request(number, max_tokens), time.perf_counter())
-    scheduler.commit(_made_up(plan := scheduler.plan(Generation(0), 0, time.perf_counter())), 0.0)
+    plan = scheduler.plan(Generation(0), 0, time.perf_counter())
+    scheduler.commit(made_up(plan), time.perf_counter())
     assert len(plan.new) == num_decoding, "somebody does not run"
     for number in range(num_decoding, num_decoding + num_waiting):
         scheduler.add(_request(number, max_tokens), time.perf_counter())
@@ -112,7 +115,7 @@ def _request(number: int, max_tokens: int) -> Request:
     )
 
 
-def _made_up(plan: StepPlan) -> StepResult:
+def made_up(plan: StepPlan) -> StepResult:
     seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
     return StepResult(
         generation=plan.generation,

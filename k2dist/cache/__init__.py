@@ -1,4 +1,4 @@
-"""Pages of the latent cache: who holds which, and what they hold. The bytes live in `model/latent_cache.py`."""
+"""Pages of the latent cache: who holds which, and what they hold. Their bytes: `model/latent_cache.py`."""
 
 from k2dist.cache.pages import PagePool
 from k2dist.cache.prefix import PageKey, next_key, page_keys

@@ -7,6 +7,7 @@ import sys
 import msgspec
 import typer
 
+from k2dist.cli.bench import bench
 from k2dist.cli.chat import chat
 from k2dist.cli.demo import demo
 from k2dist.cli.generate import generate
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(stop)
 app.command()(verify)
 app.add_typer(inspect, name="inspect")
+app.add_typer(bench, name="bench")
 
 
 def run() -> None:

@@ -21,6 +21,8 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
             chunk_tokens=config.scheduler.chunk_tokens,
             max_running=config.scheduler.max_running,
             max_waiting=config.scheduler.max_waiting,
+            ageing_s=config.scheduler.ageing_s,
+            reuse_generated=config.cache.reuse_generated,
         ),
         kernels=config.kernels,
         dtype=config.dtype,

@@ -42,6 +42,9 @@ class CacheConfig(Message, frozen=True, kw_only=True):
 
     page_tokens: Count = 64  # a power of two; larger: shorter page tables, more unused at a sequence's end
     num_pages: Count = 256  # of each lane; more: more and longer sequences at a time, more memory
+    # Let a prompt begin with pages that were generated: a next turn starts sooner, and its bits may differ
+    # from those of a prompt that was computed as one.
+    reuse_generated: bool = False
 
 
 class SchedulerConfig(Message, frozen=True, kw_only=True):
@@ -51,6 +54,7 @@ class SchedulerConfig(Message, frozen=True, kw_only=True):
     chunk_tokens: Count = 512  # prompt rows of one sequence in one step; less: fairer among prompts
     max_running: Count = 256  # sequences that hold pages; more: higher throughput, slower each
     max_waiting: Count = 1024  # admitted sequences without pages; more: fuller lanes, longer waits
+    ageing_s: Seconds = 60.0  # waiting so long counts as one priority; more: low ones wait longer
 
 
 class RanksConfig(Message, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def set(self, request_id: RequestId, deadline_s: float) -> None:
+    def start(self, request_id: RequestId, deadline_s: float) -> None:
         """A request has one deadline; it must not have one already."""
         assert request_id not in self._of, f"{request_id} has a deadline"
         self._of[request_id] = deadline_s

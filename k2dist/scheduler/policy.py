@@ -8,7 +8,7 @@ whoever has waited `ageing_s` longer is ahead of one priority more.
 The order decides which of its tenant's sequences starts next, who gets pages, and who loses them: always the
 last one that runs (`roster`). Between tenants the turn decides who starts (`waiting`). So nothing is stuck:
 the first one that runs is never preempted and advances in every step that may compute prompts, until it ends
-or one before it starts; only finitely many can be before it, as each second that passes leaves less head start.
+or one before it starts; and only finitely many can come before it, as whoever comes later starts later.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class EndRules:
 class Sequence:
     """The scheduler's state for one output. Make one with `begin`."""
 
-    # What every step reads comes first and lies together: thousands of sequences pass through the CPU's cache.
+    # First what every step reads, so that it lies together: thousands of these pass through a CPU's cache.
     id: SeqId
     request_id: RequestId
     output_index: int
@@ -61,7 +61,9 @@ class Sequence:
     prompt_len: int
     pages: list[PageId] = field(default_factory=list, init=False)
     started_s: float = field(default=0.0, init=False)  # when it last began to run
-    cached_len: int | None = field(default=None, init=False)  # prompt tokens that its first start found cached
+    cached_len: int | None = field(
+        default=None, init=False
+    )  # prompt tokens that its first start found cached
     scored_len: int = field(default=1, init=False)  # prompt tokens whose logprobs went out, and the first one
     _keys: list[PageKey] = field(default_factory=list, init=False)  # of its first full pages, if asked for
 

@@ -16,8 +16,9 @@ def config(**parallel: int) -> ClusterConfig:
     fields = ", ".join(f"{name}: {value}" for name, value in parallel.items())
     return parse_cluster(
         f"name: a\nparallel: {{{fields}}}\n"
-        "scheduler: {step_tokens: 40, max_running: 20, chunk_tokens: 30}\n"
-        "cache: {page_tokens: 8, num_pages: 12}\nranks: {rank_cpus: 0.25}\nservice: {retain_s: 3}",
+        "scheduler: {step_tokens: 40, max_running: 20, chunk_tokens: 30, ageing_s: 7}\n"
+        "cache: {page_tokens: 8, num_pages: 12, reuse_generated: true}\n"
+        "ranks: {rank_cpus: 0.25}\nservice: {retain_s: 3}",
         "test",
     )
 
@@ -40,6 +41,7 @@ def test_a_rank_gets_what_the_config_says(tiny_model_dir: Path) -> None:
     spec = rank_spec(plan_world(config(lanes=2, tp=2), tiny_model_dir), WorldRank(3))
     assert (spec.world_rank, spec.page_tokens, spec.num_pages, spec.retain_s) == (3, 8, 12, 3.0)
     assert (spec.limits.step_tokens, spec.limits.max_running, spec.limits.chunk_tokens) == (40, 20, 30)
+    assert (spec.limits.ageing_s, spec.limits.reuse_generated) == (7.0, True)
     assert (spec.kernels, spec.dtype) == ("auto", "bfloat16")
 
 

@@ -63,7 +63,7 @@ kernels: fast
         "x.yaml: parallel.lanes=0: expected `int` >= 1",
         "x.yaml: parallel.tp='two': expected `int`, got `str`",
         "x.yaml: kernels='fast': use auto or reference",
-        "x.yaml: cache=3: expected a section with fields such as page_tokens, num_pages",
+        "x.yaml: cache=3: expected a section with fields such as page_tokens, num_pages, reuse_generated",
         "x.yaml: ranks.rank_cpus=-1: expected `float` > 0.0",
         "x.yaml: ranks.placement='together': use pack or spread or strict_pack or strict_spread",
         "x.yaml: deadlines.step_s='3': expected `float`, got `str`",

@@ -1,8 +1,8 @@
 """A lane computable by hand: the real scheduler, a rank that remembers what was written, a hash as model.
 
-The rank keeps for every place in its cache which tenant's which tokens were computed there, and by which path,
-and reads it through the page tables it was told, whenever it samples. So a wrong page, a position that was
-skipped or computed by the wrong path, a shared page that was overwritten or holds other tokens shows at once.
+The rank keeps for every place in its cache whose tokens were computed there, which ones and by which path. It
+reads them through the page tables it was told, whenever it samples. So a wrong page, a position that was lost
+or computed by the wrong path, a shared page that was overwritten or holds other tokens shows at once.
 """
 
 import zlib
@@ -168,7 +168,9 @@ class FakeRank:
         for position in range(len(seq.tokens)):
             found, wanted = self.cache[self.place(seq, position)], self.content(seq, position)
             assert found is not None, f"position {position} is not computed"
-            assert (found.tenant, found.tokens) == (wanted.tenant, wanted.tokens), f"position {position} is lost"
+            assert (found.tenant, found.tokens) == (wanted.tenant, wanted.tokens), (
+                f"position {position} is lost"
+            )
             assert found.path == wanted.path or self.mixes_paths, f"position {position}: {found.path} path"
         token = next_token(seq.tokens, seq.new.sampling.seed, seq.new.output_index)
         seq.tokens.append(token)

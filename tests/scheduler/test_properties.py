@@ -56,8 +56,10 @@ requests = st.integers(1, 6).flatmap(lambda n: st.tuples(*(some_request(f"r{i}")
 # What happens, in order: a new request, a step (without prefill, too), an accident.
 moments = st.lists(
     st.sampled_from(
-        ["add", "add", "step", "step", "step", "decode", "wait", "abort", "abort in step", "lose pages"]
-        + ["lose all", "spoil"]
+        [
+            *("add", "add", "step", "step", "step", "decode", "wait"),
+            *("abort", "abort in step", "spoil", "lose pages", "lose all"),
+        ]
     ),
     max_size=40,
 )
@@ -104,7 +106,7 @@ def test_tokens_do_not_depend_on_company_or_accidents(
 
 
 def check_answers(lane, request: Request, solo_answer, *, may_be_cut: bool) -> None:
-    """All outputs are what they are alone; one that was aborted, or ran out of time, is the beginning of it."""
+    """All outputs are what they are alone; one that was cut off, or ran out of time, its beginning."""
     for index in range(request.num_outputs):
         got, alone = lane.answers[request.request_id, index], solo_answer(request, index, MAX_POSITIONS)
         if got.finish is FinishReason.ABORT:
@@ -196,7 +198,12 @@ def test_a_lane_that_is_never_idle_stays_right(fake_lane, solo_answer, num_pages
     """Three thousand events each, short of pages or not: nobody waits for ever, and all of it comes true."""
     rng = Random(num_pages)
     limits = Limits(
-        step_tokens=16, chunk_tokens=6, max_running=5, max_waiting=12, reuse_generated=reuse_generated, ageing_s=5
+        step_tokens=16,
+        chunk_tokens=6,
+        max_running=5,
+        max_waiting=12,
+        reuse_generated=reuse_generated,
+        ageing_s=5,
     )
     lane = fake_lane(limits, num_pages=num_pages, page_tokens=4, max_positions=MAX_POSITIONS)
     asked, cut_off, arrived_s = [], set(), {}

@@ -3,6 +3,7 @@
 import zlib
 
 import pytest
+from msgspec import structs
 
 from k2dist.errors import CapacityError, ConfigError, RequestError
 from k2dist.messages import Event, FinishReason, Request, Sampling, StepResult, TokenLogprob, Usage
@@ -11,14 +12,16 @@ from k2dist.scheduler import Limits
 LIMITS = Limits(step_tokens=8, chunk_tokens=4, max_running=4, max_waiting=6)
 
 
-def request(name: str = "r", prompt: int = 3, priority: int = 0, num_outputs: int = 1, **sampling) -> Request:
-    sampling = {"max_tokens": 4, "ignore_eos": True} | sampling
+def request(name: str = "r", prompt: int = 3, **fields) -> Request:
+    """Fields of a request or of its sampling; no two names have a prompt that begins alike."""
+    own = {
+        key: fields.pop(key) for key in ("priority", "num_outputs", "tenant", "timeout_s") if key in fields
+    }
     return Request(
         request_id=name,
         prompt=prompt_of(name, prompt),
-        priority=priority,
-        num_outputs=num_outputs,
-        sampling=Sampling(**sampling),
+        sampling=Sampling(**({"max_tokens": 4, "ignore_eos": True} | fields)),
+        **own,
     )
 
 
@@ -162,6 +165,9 @@ def test_tokens_after_an_end_are_refused(fake_lane) -> None:
             r"prompt: 13 prompt tokens \+ 11 to generate = 24 tokens need 6 pages of 4",
         ),
         (request(stop=("",)), "stop: an empty string"),
+        (request(priority=2**31), "priority: 2147483648: use -2147483647 to 2147483647"),
+        (request(timeout_s=0.0), "timeout_s: 0.0: use a number of seconds"),
+        (request(timeout_s=float("nan")), "timeout_s: nan: use"),
         (
             Request(request_id="r", prompt=(1,), sampling=Sampling(), generated={1: (5,)}),
             "generated: output 1",
@@ -202,9 +208,11 @@ def test_a_full_queue_is_a_matter_of_time(fake_lane) -> None:
         ({"step_tokens": 4, "max_running": 5}, "scheduler.step_tokens=4: less than max_running=5"),
         ({"step_tokens": 512, "chunk_tokens": 513}, "scheduler.chunk_tokens=513: more than step_tokens=512"),
         ({"max_running": 0}, "scheduler.max_running=0: must be at least 1"),
+        ({"ageing_s": 0.0}, r"scheduler.ageing_s=0.0: use a number of seconds"),
+        ({"ageing_s": float("inf")}, r"scheduler.ageing_s=inf: use"),
     ],
 )
-def test_limits_that_contradict_each_other_are_refused(limits: dict[str, int], message: str) -> None:
+def test_limits_that_contradict_each_other_are_refused(limits: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Limits(**limits)
 
@@ -293,3 +301,59 @@ def test_an_abort_ends_every_output_once_and_unknown_ids_are_left_alone(fake_lan
     assert not lane.scheduler.has_work
     assert lane.scheduler.load(0).num_pages_free == 8
     assert set(lane.plan().released) == {0, 1, 2}
+
+
+# -- deadlines -----------------------------------------------------------------------------------------------
+
+
+def test_a_request_ends_when_its_time_is_up_and_says_so(fake_lane) -> None:
+    lane = lane_of(fake_lane)
+    lane.now_s = 100.0
+    lane.add(request("r", max_tokens=9, num_outputs=2, timeout_s=5.0))
+    lane.add(request("other", max_tokens=9))
+    lane.step()
+    lane.now_s = 104.9
+    lane.step()
+    lane.now_s = 105.0
+    plan = lane.plan()
+    events = lane.commit(plan)
+    ends = [event for event in events if event.finish]
+    assert [(event.request_id, event.output_index, event.finish) for event in ends] == [
+        ("r", 0, FinishReason.ABORT),
+        ("r", 1, FinishReason.ABORT),
+    ]
+    assert ends[0].error == "its timeout_s=5 has passed; allow more, or ask less"
+    assert [len(lane.answers["r", index].token_ids) for index in (0, 1)] == [3, 3], "the last step counts"
+    lane.finish()
+    assert lane.answers["other", 0].finish is FinishReason.LENGTH
+
+
+def test_time_runs_out_also_while_no_step_comes(fake_lane) -> None:
+    lane = lane_of(fake_lane)
+    lane.add(request("waits", timeout_s=1.0))
+    assert lane.scheduler.expire(0.9) == ()
+    (event,) = lane.scheduler.expire(1.0)
+    assert (event.finish, event.token_ids) == (FinishReason.ABORT, ())
+    assert lane.scheduler.expire(1.0) == ()
+    assert not lane.scheduler.has_work
+
+
+def test_an_abort_has_no_error(fake_lane) -> None:
+    lane = lane_of(fake_lane)
+    lane.add(request("r", timeout_s=1.0))
+    (event,) = lane.scheduler.abort("r", 0.0)
+    assert (event.finish, event.error) == (FinishReason.ABORT, "")
+
+
+# -- load ----------------------------------------------------------------------------------------------------
+
+
+def test_the_load_tells_a_router_what_waits_and_what_is_cached(fake_lane) -> None:
+    lane = lane_of(fake_lane, structs.replace(LIMITS, max_running=1))
+    lane.add(request("runs", prompt=9, max_tokens=1))
+    lane.add(request("waits", prompt=6, num_outputs=2))
+    while lane.scheduler.load(0).num_running or not lane.plans:
+        lane.step()
+    load = lane.scheduler.load(0)
+    assert (load.num_waiting, load.num_tokens_waiting) == (2, 12)
+    assert (load.num_pages, load.num_pages_free, load.num_pages_cached) == (8, 8, 2)

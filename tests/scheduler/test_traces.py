@@ -71,7 +71,7 @@ def _begin(line: str, fake_lane: type):
 def _request(name: str, *words: str) -> Request:
     """`add NAME prompt=N max_tokens=N [shared=N] [like=NAME] [tenant=T] [timeout_s=N] [priority=N] ...`.
 
-    It does not stop before max_tokens. The first `shared` tokens of its prompt are those of every such prompt,
+    It does not stop before max_tokens. The first `shared` tokens of its prompt are those of all such prompts,
     the others those of the request that it is like.
     """
     texts = {"tenant": "", "like": name}
@@ -120,15 +120,16 @@ def _describe_event(event: Event) -> str:
     before = f"after token {event.first_index - 1}" if event.first_index else "before its first token"
     delta = f"token {event.first_index}" if event.token_ids else before
     end = f", {event.finish}" if event.finish else ""
-    return f"    {event.request_id}/{event.output_index}: {delta}{end}" + (f": {event.error}" if event.error else "")
+    return f"    {event.request_id}/{event.output_index}: {delta}{end}" + (
+        f": {event.error}" if event.error else ""
+    )
 
 
 def _describe_load(lane) -> str:
     load = lane.scheduler.load(0)
     cached = f", {load.num_pages_cached} of them cached" if load.num_pages_cached else ""
-    return (
-        f"    {load.num_running} running, {load.num_waiting} waiting, {load.num_pages_free} pages free{cached}"
-    )
+    numbers = f"{load.num_running} running, {load.num_waiting} waiting, {load.num_pages_free} pages free"
+    return f"    {numbers}{cached}"
 
 
 def _rewrite() -> None:
