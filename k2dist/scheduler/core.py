@@ -263,15 +263,15 @@ class Scheduler:
 
     def _grant_running(self, flight: Flight, shares: dict[SeqId, int]) -> None:
         """Grants in rank order, as far as pages reach."""
-        roster, is_chunk = self._roster, self._limits.reuse_generated
-        order = roster.decoding
+        roster, order = self._roster, self._roster.decoding
+        publishes_all = self._limits.reuse_generated
         if shares:
             order = sorted([*order, *(seq for seq in roster.catching_up if seq.id in shares)], key=by_rank)
         for seq in order:
             if not seq.held_len:
                 break  # its pages went to one before it, and so did those of all behind it
             start = seq.computed_len
-            if not seq.is_decoding or is_chunk:
+            if not seq.is_decoding or publishes_all:
                 num_tokens = roster.secure(seq, shares.get(seq.id, 1))
                 if num_tokens > 0:
                     flight.add(seq, num_tokens)

@@ -17,11 +17,11 @@ class Flight:
     grants: list[Grant] = field(default_factory=list)
     sampling: list[Sequence] = field(default_factory=list)  # of each grant that samples, in their order
     seq_ids: list[SeqId] = field(default_factory=list)  # of those
-    chunks: list[tuple[Sequence, Grant]] = field(default_factory=list)  # of those that did not decode
+    chunks: list[tuple[Sequence, Grant]] = field(default_factory=list)  # whose pages may become shared
     plan: StepPlan | None = None
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
-        """Grant the next `num_tokens` positions to a sequence that catches up."""
+        """Grant a sequence its next `num_tokens` positions."""
         start = seq.computed_len
         samples = start + num_tokens == seq.known_len
         grant = Grant(
