@@ -92,7 +92,7 @@ def through_pages(
     (rank,) = world.ranks
     assert rank.cache is not None
     page_tokens = rank.cache.page_tokens
-    rank.cache = LatentCache.allocate(architecture, len(sequence.pages), page_tokens, world.kernels)
+    rank.cache = LatentCache.allocate(architecture, len(sequence.pages), page_tokens, rank.kernels)
     logits: list[Tensor] = []
     stream: list[Tensor] = []
 
@@ -116,7 +116,7 @@ def through_pages(
                     rank.lane,
                     rank.exchange,
                     architecture,
-                    world.kernels,
+                    rank.kernels,
                     see,
                 )
             )
