@@ -248,8 +248,10 @@ def test_a_rank_does_not_look_at_what_others_hold(listed_dir: Path, tmp_path: Pa
     shutil.copytree(listed_dir, own_dir)
     in_file(flip("model.layers.2.self_attn.o_proj.weight", 3, 1023))(own_dir)
     in_file(flip(DOWN.format(6), 200, 17))(own_dir)
-    RankRuntime(spec(own_dir, 0)).load()
-    RankRuntime(spec(own_dir, 2)).load()
+    for world_rank in (0, 2):
+        assert RankRuntime(spec(own_dir, world_rank)).load().num_tensors > 0, "it loads, and tests itself"
+    with pytest.raises(CheckpointError, match="self-test"):
+        RankRuntime(spec(own_dir, 1)).load()
 
 
 # -- kernels -------------------------------------------------------------------------------------------------
