@@ -19,6 +19,7 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
         limits=Limits(
             step_tokens=config.scheduler.step_tokens,
             chunk_tokens=config.scheduler.chunk_tokens,
+            prefill_every=config.scheduler.prefill_every,
             max_running=config.scheduler.max_running,
             max_waiting=config.scheduler.max_waiting,
             ageing_s=config.scheduler.ageing_s,

@@ -23,10 +23,9 @@ class StepAgreement(Message, frozen=True, kw_only=True):
     is_idle: bool  # nothing to do now or later [all]: then every rank sleeps until its doorbell rings
     # This rank wants to leave [any]: a step needs every rank, so when one leaves all do.
     is_stopping: bool
-    wants_prefill: bool = (
-        False  # this lane has prompt rows waiting [any]: lanes run prompts on the same steps
-    )
-    has_failed: bool = False  # this rank cannot take the step [any]: nobody starts it
+    # Rows of this lane are prompt rows, or decode rows [any]: lanes run prompts on the same steps.
+    has_prompts: bool = False
+    has_decodes: bool = False
 
 
 def agree(comm: Communicator, mine: StepAgreement) -> StepAgreement:
@@ -52,8 +51,8 @@ def combine(by_rank: Sequence[StepAgreement]) -> StepAgreement:
         num_rows=max(word.num_rows for word in by_rank),
         is_idle=all(word.is_idle for word in by_rank),
         is_stopping=any(word.is_stopping for word in by_rank),
-        wants_prefill=any(word.wants_prefill for word in by_rank),
-        has_failed=any(word.has_failed for word in by_rank),
+        has_prompts=any(word.has_prompts for word in by_rank),
+        has_decodes=any(word.has_decodes for word in by_rank),
     )
 
 
@@ -62,13 +61,13 @@ def _encode(word: StepAgreement) -> list[int]:
 
 
 def _decode(row: Sequence[int]) -> StepAgreement:
-    generation, step, num_rows, is_idle, is_stopping, wants_prefill, has_failed = row
+    generation, step, num_rows, is_idle, is_stopping, has_prompts, has_decodes = row
     return StepAgreement(
         generation=Generation(generation),
         step=step,
         num_rows=num_rows,
         is_idle=bool(is_idle),
         is_stopping=bool(is_stopping),
-        wants_prefill=bool(wants_prefill),
-        has_failed=bool(has_failed),
+        has_prompts=bool(has_prompts),
+        has_decodes=bool(has_decodes),
     )

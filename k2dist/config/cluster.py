@@ -52,6 +52,9 @@ class SchedulerConfig(Message, frozen=True, kw_only=True):
 
     step_tokens: Count = 2048  # rows of one step; more: prompts finish sooner, each token comes later
     chunk_tokens: Count = 512  # prompt rows of one sequence in one step; less: fairer among prompts
+    # Prompts are computed in every so many steps, on all lanes in the same ones; more: tokens come sooner
+    # beside prompts, and prompts take longer.
+    prefill_every: Count = 1
     max_running: Count = 256  # sequences that hold pages; more: higher throughput, slower each
     max_waiting: Count = 1024  # admitted sequences without pages; more: fuller lanes, longer waits
     ageing_s: Seconds = 60.0  # waiting so long counts as one priority; more: low ones wait longer

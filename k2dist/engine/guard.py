@@ -15,37 +15,28 @@ import torch
 from torch import Tensor
 
 from k2dist.errors import FaultyRankError
-from k2dist.ids import RequestId, SeqId
-from k2dist.messages import StepPlan
+from k2dist.ids import RequestId
 
 
 class RowGuard:
     """One rank's guard over the rows of its lane."""
 
     def __init__(self) -> None:
-        self._request_of: dict[SeqId, RequestId] = {}
         self._suspects: set[RequestId] = set()  # requests with bad rows since the last good row
 
-    def apply(self, plan: StepPlan) -> None:
-        """Learn whose sequences are whose; before the step of `plan` is checked."""
-        for seq_id in plan.released:
-            del self._request_of[seq_id]
-        for new in plan.new:
-            self._request_of[new.seq_id] = new.request_id
-
-    def check(self, x_SD: Tensor, owner_S: Sequence[SeqId]) -> tuple[Tensor, dict[RequestId, str]]:
+    def check(self, x_SD: Tensor, owner_S: Sequence[RequestId]) -> tuple[Tensor, dict[RequestId, str]]:
         """Rows to go on with, the bad ones zero, and what is wrong with each request that must end.
 
         `owner_S`: whose row each is. FaultyRankError where the fault is this rank's own.
         """
-        assert len(x_SD) == len(owner_S), f"{len(x_SD)} rows of {len(owner_S)} sequences"
+        assert len(x_SD) == len(owner_S), f"{len(x_SD)} rows of {len(owner_S)} owners"
         is_bad_S = ~torch.isfinite(x_SD.float().sum(-1))  # of finite rows the sum is finite: they are normed
         bad = is_bad_S.nonzero()[:, 0].tolist()
         if len(bad) < len(owner_S):
             self._suspects.clear()
         if not bad:
             return x_SD, {}
-        faults = {self._request_of[owner_S[row]]: _fault(x_SD[row]) for row in bad}
+        faults = {owner_S[row]: _fault(x_SD[row]) for row in bad}
         if len(bad) == len(owner_S):
             self._suspects |= faults.keys()
         if len(self._suspects) > 1:

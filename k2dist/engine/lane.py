@@ -152,12 +152,17 @@ class LanePort:
         with self._lock:
             return self._scheduler.has_work
 
-    def plan(self, generation: Generation, step: int) -> StepPlan:
+    def plan(self, generation: Generation, step: int, *, prefill: bool = True) -> StepPlan:
+        """The next step; at most one other may be uncommitted. Whoever has run out of time ends first."""
         with self._lock:
-            return self._scheduler.plan(generation, step, self._clock())
+            now_s = self._clock()
+            self._publish(self._scheduler.expire(now_s))
+            return self._scheduler.plan(generation, step, now_s, prefill=prefill)
 
     def end(self, faults: Mapping[RequestId, str]) -> None:
         """End these requests with an error event each; before the step that spoiled them is committed."""
+        if not faults:
+            return
         with self._lock:
             for request_id, reason in faults.items():
                 events = self._scheduler.abort(request_id, self._clock(), is_spoiled=True)
@@ -166,6 +171,7 @@ class LanePort:
                 )
 
     def commit(self, result: StepResult) -> None:
+        """The oldest step that was planned with grants."""
         with self._lock:
             self._publish(self._scheduler.commit(result, self._clock()))
 

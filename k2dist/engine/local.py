@@ -18,6 +18,7 @@ from k2dist.config import read_architecture
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
 from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
+from k2dist.errors import FencedError
 from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import Request, Sampling
 from k2dist.parallel import Layout, check_layout, first_layout
@@ -153,6 +154,8 @@ class LocalWorld:
     def _host(self, rank: RankRuntime) -> None:
         try:
             rank.run()
+        except FencedError:
+            return  # because of another rank, which says why
         except BaseException as error:  # noqa: BLE001  carried to the thread that waits, and raised there
             self._failures.put(error)
             for other in self.ranks:

@@ -4,12 +4,13 @@
     join      become a member of a generation's groups; weights and pages outlive generations
     run       plan, agree, step, commit; asleep while every lane is idle; until `stop` or a failure
 
-One turn of `run`, taken by all ranks of the world together:
+One turn of `run`, taken by all ranks of the world together, while the step before computes (`steps`):
 
     1. a lane's first rank plans, and tells its tp peers
     2. all ranks agree: how many rows, all idle?, does anybody stop?
-    3. all idle: sleep until a doorbell rings.  Else: forward (every MoE layer is an exchange over all ranks,
-       with rows or without), sample, commit
+    3. launch the forward pass (every MoE layer is an exchange over all ranks, with rows or without)
+    4. wait for the step before, commit it; launch the sampling
+    5. all idle: sleep until a doorbell rings
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import torch
 
 from k2dist.cache import PagePool
 from k2dist.checkpoint import load_shard
@@ -31,21 +30,20 @@ from k2dist.comm import Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.config import read_architecture
+from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
-from k2dist.engine.readout import Outcome, Readout
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
+from k2dist.engine.steps import Model, Step, Steps
 from k2dist.ids import Generation
-from k2dist.messages import Message, StepPlan, StepResult
-from k2dist.model import decoder
+from k2dist.messages import Message, StepPlan
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.sampler import VocabularySlice
-from k2dist.model.weights import Weights, assemble
+from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
-from k2dist.scheduler import Limits, Scheduler
+from k2dist.scheduler import Limits, PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
 
 
@@ -94,12 +92,14 @@ class LoadReport(Message, frozen=True, kw_only=True):
 
 
 class RankStats(Message, frozen=True, kw_only=True):
-    """Counters since the start; of this rank alone."""
+    """Counters since the start; of this rank alone. Host and device work at the same time."""
 
     world_rank: int
     num_steps: int
     num_tokens_sampled: int
-    step_s_total: float
+    step_s_total: float  # not asleep
+    host_s_total: float  # of it the step loop's: plan, agreement, batch, commit; not waiting for the device
+    device_s_total: float  # forward and sample, with what they wait for other ranks
     num_rows_sent: int  # rows that left this rank for another rank's experts
     num_bytes_sent: int
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
@@ -129,13 +129,15 @@ class RankRuntime:
         self.port = self._open_port(tokenizer)
         self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
         self._guard = RowGuard()
+        self._cadence = PrefillCadence(spec.limits.prefill_every)
         self._is_stopping = threading.Event()
-        self._weights: Weights | None = None
-        self._cache: LatentCache | None = None
+        self._model: Model | None = None
         self._member: _Membership | None = None
+        self._device = DeviceThread(f"device-{spec.world_rank}")
         self._num_steps = 0
         self._num_tokens = 0
         self._step_s_total = 0.0
+        self._host_s_total = 0.0
 
     # -- from any thread -------------------------------------------------------------------------------
 
@@ -159,6 +161,8 @@ class RankRuntime:
             num_steps=self._num_steps,
             num_tokens_sampled=self._num_tokens,
             step_s_total=self._step_s_total,
+            host_s_total=self._host_s_total,
+            device_s_total=self._device.busy_s,
             num_rows_sent=0 if self._member is None else self._member.exchange.num_rows_sent,
             num_bytes_sent=0 if self._member is None else self._member.exchange.num_bytes_sent,
             expert_load=() if self._member is None else self._member.exchange.expert_load(),
@@ -175,20 +179,20 @@ class RankRuntime:
         plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
         tensors = load_shard(Path(self._spec.model_dir), plan, progress)
         num_tensors, num_bytes = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
-        self._weights = assemble(
-            tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels
-        )
+        weights = assemble(tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels)
+        cache = None
         if self._place.lane is not None:
-            self._cache = LatentCache.allocate(
+            cache = LatentCache.allocate(
                 self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
             )
+        self._model = Model(weights, cache, self._architecture, self._kernels, self._end_token_ids)
         load_s = time.monotonic() - started_s
         report = self_test(
             Path(self._spec.model_dir),
             self._architecture,
             self._spec.layout,
             self._spec.world_rank,
-            self._weights,
+            weights,
             self._kernels,
             page_tokens=self._spec.page_tokens,
         )
@@ -204,39 +208,73 @@ class RankRuntime:
 
     def run(self) -> None:
         """Step until stopped. A failure ends the port's requests with its reason and is raised."""
-        assert self._weights is not None, "run before load"
+        assert self._model is not None, "run before load"
         assert self._member is not None, "run before join"
+        member = self._member
         try:
-            self._run(self._member, self._weights)
+            with self._device:
+                lane, exchange = member.comms.lane, member.exchange
+                steps = Steps(self._model, self._sequences, self._guard, lane, exchange, self._device)
+                try:
+                    self._run(member, steps)
+                except BaseException:
+                    member.comms.fence()  # what is under way on the device does not wait for its deadline
+                    raise
         except Exception as error:  # a bug, too, must end the streams; it is raised again
             if self.port is not None:
                 self.port.fail(f"world rank {self._place.world_rank} left the step loop: {error}")
             raise
 
-    def _run(self, member: _Membership, weights: Weights) -> None:
+    def _run(self, member: _Membership, steps: Steps) -> None:
         epoch = 0
-        for step in range(2**62):
-            plan = self._share_plan(member, step)
-            agreed = agree(
-                member.comms.world_control,
-                StepAgreement(
-                    generation=member.generation,
-                    step=step,
-                    num_rows=sum(grant.num_tokens for grant in plan.grants),
-                    is_idle=not plan.grants and not self._has_work(),
-                    is_stopping=self._is_stopping.is_set(),
-                ),
-            )
+        under_way: Step | None = None
+        for number in range(2**62):
+            began_s = time.monotonic()
+            plan = self._share_plan(member, number)
+            self._sequences.apply(plan)
+            agreed = agree(member.comms.world_control, self._word(member, plan))
+            self._cadence.note(has_prompts=agreed.has_prompts, has_decodes=agreed.has_decodes)
+            is_launched = agreed.num_rows > 0 and not agreed.is_stopping
+            launched = steps.forward(plan, under_way) if is_launched else None
+            waited_s = 0.0 if under_way is None else self._finish(steps, under_way)
+            if launched is not None:
+                steps.sample(launched)
+            under_way = launched
+            turn_s = time.monotonic() - began_s
+            self._step_s_total += turn_s
+            self._host_s_total += turn_s - waited_s
             if agreed.is_stopping:
                 return
-            self._sequences.apply(plan)
-            self._guard.apply(plan)
-            if agreed.num_rows > 0:
-                self._step(plan, member, weights)
-            elif agreed.is_idle:
+            if agreed.is_idle:
                 if self._doorbell.wait(epoch, self._has_reason):
                     member.bells.ring_all(epoch)
                 epoch += 1
+
+    def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
+        """What this rank says of the step that its lane has planned."""
+        are_prompts = {self._sequences.is_prompt(grant) for grant in plan.grants}
+        return StepAgreement(
+            generation=member.generation,
+            step=plan.step,
+            num_rows=sum(grant.num_tokens for grant in plan.grants),
+            is_idle=not plan.grants and not self._has_work(),
+            is_stopping=self._is_stopping.is_set(),
+            has_prompts=True in are_prompts,
+            has_decodes=False in are_prompts,
+        )
+
+    def _finish(self, steps: Steps, step: Step) -> float:
+        """Commit a step that was launched; for how many seconds that had to wait for it."""
+        began_s = time.monotonic()
+        finished = steps.finish(step)
+        waited_s = time.monotonic() - began_s
+        self._num_steps += 1
+        self._num_tokens += len(step.seq_ids)
+        if self.port is not None:
+            self.port.end(finished.faults)
+            if step.plan.grants:
+                self.port.commit(finished.result)
+        return waited_s
 
     def _share_plan(self, member: _Membership, step: int) -> StepPlan:
         """This lane's plan; on all its tp ranks the same. An empty one where there is no lane."""
@@ -245,54 +283,9 @@ class RankRuntime:
             return StepPlan(generation=member.generation, step=step)
         if self.port is None:
             return _PLAN_DECODER.decode(lane.broadcast_bytes(None, source=0))
-        plan = self.port.plan(member.generation, step)
+        plan = self.port.plan(member.generation, step, prefill=self._cadence.allows_prefill)
         lane.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
         return plan
-
-    def _step(self, plan: StepPlan, member: _Membership, weights: Weights) -> None:
-        started_s = time.monotonic()
-        with torch.inference_mode():
-            x_SD = decoder.hidden(
-                self._sequences.batch(plan),
-                weights,
-                self._cache,
-                member.comms.lane,
-                member.exchange,
-                self._architecture,
-                self._kernels,
-            )
-            x_SD, faults = self._guard.check(x_SD, self._sequences.row_owners(plan))
-            outcome = self._read_out(plan, x_SD, member.comms.lane, weights)
-        seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
-        for seq_id, token_id in zip(seq_ids, outcome.sampled.token_ids, strict=True):
-            self._sequences.append(seq_id, token_id)
-        if self.port is not None:
-            result = StepResult(
-                generation=member.generation,
-                step=plan.step,
-                seq_ids=seq_ids,
-                token_ids=outcome.sampled.token_ids,
-                logprobs=outcome.sampled.logprobs,
-                prompt_logprobs=outcome.prompt_logprobs,
-            )
-            self.port.end(faults)
-            self.port.commit(result)
-        self._num_steps += 1
-        self._num_tokens += len(seq_ids)
-        self._step_s_total += time.monotonic() - started_s
-
-    def _read_out(
-        self, plan: StepPlan, x_SD: torch.Tensor, lane: Communicator | None, weights: Weights
-    ) -> Outcome:
-        """What the plan wants of the last hidden rows; the same on all tp ranks. Collective over the lane."""
-        if lane is None or weights.lane is None:
-            return Outcome.nothing()
-        readout = Readout(
-            head=partial(decoder.head, weights=weights.lane, kernels=self._kernels),
-            vocabulary=VocabularySlice.of(lane, self._architecture.vocab_size),
-            end_token_ids=self._end_token_ids,
-        )
-        return readout.read(x_SD, self._sequences.row_samplings(plan), self._sequences.prompt_scores(plan))
 
     def _open_port(self, tokenizer: Tokenizer) -> LanePort | None:
         """The lane's inbox and outbox, on its first rank."""

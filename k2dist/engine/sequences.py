@@ -1,7 +1,8 @@
 """What a rank remembers of its lane's sequences, and how a plan becomes a batch of rows.
 
 Every tp rank of a lane keeps the same `Sequences`: plans tell it of new sequences and pages, and it appends
-the tokens that it samples itself (all tp ranks sample alike).
+the tokens that it samples itself (all tp ranks sample alike). A plan comes while the step before it runs: the
+token at which a grant begins may be one that this step samples, and is filled in where it is computed.
 
 Legend: T rows of the step, R decode rows, P pages of the longest table among them, S rows that sample, then
 those that score a prompt token.
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from k2dist.engine.readout import PromptScore
-from k2dist.ids import PageId, SeqId
+from k2dist.ids import PageId, RequestId, SeqId
 from k2dist.messages import Grant, NewSequence, Sampling, StepPlan
 from k2dist.model.batch import Batch, PromptSegment
 from k2dist.model.sampler import RowSampling, SeenTokens, has_penalty
@@ -22,6 +23,7 @@ from k2dist.model.sampler import RowSampling, SeenTokens, has_penalty
 
 @dataclass(slots=True)
 class _Sequence:
+    request_id: RequestId
     prompt_len: int
     tokens: list[int]
     output_index: int
@@ -50,8 +52,15 @@ class Sequences:
         for table in plan.page_tables:
             self._live[table.seq_id].pages[table.first :] = table.pages
 
+    def is_prompt(self, grant: Grant) -> bool:
+        """Whether its rows are of the prompt, or else generated; never both."""
+        return grant.start < self._live[grant.seq_id].prompt_len
+
     def batch(self, plan: StepPlan) -> Batch:
-        """The rows of `plan`: for each grant its positions in order, grants in the plan's order."""
+        """The rows of `plan`: for each grant its positions in order, grants in the plan's order.
+
+        A token that is not known yet is 0: see `promised_rows`.
+        """
         if not plan.grants:
             return Batch.empty(self._tp)
         tokens: list[int] = []
@@ -64,10 +73,10 @@ class Sequences:
         for grant in plan.grants:
             seq = self._live[grant.seq_id]
             row, end = len(tokens), grant.start + grant.num_tokens
-            tokens += seq.tokens[grant.start : end]
+            tokens += seq.tokens[grant.start : end] or [0]
             positions += range(grant.start, end)
             writes += (self._cache_index(seq, position) for position in range(grant.start, end))
-            if grant.start < seq.prompt_len:
+            if self.is_prompt(grant):
                 assert end <= seq.prompt_len, "a grant mixes prompt and generated positions"
                 prompts.append(PromptSegment(row, grant.num_tokens, grant.start, _page_tensor(seq.pages)))
             else:
@@ -90,21 +99,37 @@ class Sequences:
             sample_S=torch.tensor(samples + scores, dtype=torch.int64),
         )
 
+    def promised_rows(self, plan: StepPlan) -> dict[SeqId, int]:
+        """Rows of `batch(plan)` whose token is the one that the step under way samples for the sequence."""
+        rows: dict[SeqId, int] = {}
+        row = 0
+        for grant in plan.grants:
+            num_unknown = grant.start + grant.num_tokens - len(self._live[grant.seq_id].tokens)
+            if num_unknown > 0:
+                assert num_unknown == grant.num_tokens == 1, "a grant goes beyond the token under way"
+                rows[grant.seq_id] = row
+            row += grant.num_tokens
+        return rows
+
     def row_samplings(self, plan: StepPlan) -> list[RowSampling]:
-        """How to sample the first rows of `batch(plan).sample_S`, in its order."""
+        """How to sample the first rows of `batch(plan).sample_S`, in its order. No token may be promised."""
         return [self._row_sampling(grant) for grant in plan.grants if grant.samples]
 
     def prompt_scores(self, plan: StepPlan) -> list[list[PromptScore]]:
         """What the other rows of `batch(plan).sample_S` score, in its order: a list per scoring grant."""
         return [self._prompt_scores(grant) for grant in plan.grants if grant.scores]
 
-    def row_owners(self, plan: StepPlan) -> list[SeqId]:
+    def row_owners(self, plan: StepPlan) -> list[RequestId]:
         """Whose row each of `batch(plan).sample_S` is, in its order."""
         sampling = [grant.seq_id for grant in plan.grants if grant.samples]
-        return sampling + [grant.seq_id for grant in plan.grants for _ in self._scoring(grant)]
+        scoring = [grant.seq_id for grant in plan.grants for _ in self._scoring(grant)]
+        return [self._live[seq_id].request_id for seq_id in sampling + scoring]
 
     def append(self, seq_id: SeqId, token_id: int) -> None:
-        seq = self._live[seq_id]
+        """A token was sampled. It counts for nothing if a later plan has released the sequence."""
+        seq = self._live.get(seq_id)
+        if seq is None:
+            return
         seq.tokens.append(token_id)
         if seq.seen is not None:
             seq.seen.counts[token_id] += 1
@@ -126,7 +151,7 @@ class Sequences:
             sampling=seq.sampling,
             output_index=seq.output_index,
             position=grant.start + grant.num_tokens,  # of the token to be sampled
-            num_generated=len(seq.tokens) - seq.prompt_len,
+            num_generated=grant.start + grant.num_tokens - seq.prompt_len,
             seen=seq.seen,
         )
 
@@ -143,6 +168,7 @@ def even_shares(num_rows: int, num_ranks: int) -> tuple[int, ...]:
 
 def _begin(new: NewSequence) -> _Sequence:
     return _Sequence(
+        request_id=new.request_id,
         prompt_len=len(new.prompt),
         tokens=[*new.prompt, *new.generated],
         output_index=new.output_index,

@@ -8,11 +8,12 @@ and pages reach. Prompts in chunks, prefix hits, preemption and recovery are all
                └── preempted: pages freed, computed_len = 0, tokens kept ──┘
 
 Rules that others rely on:
-- `plan` and `commit` alternate. A plan without grants may be left uncommitted (an idle lane takes no step).
-- A rank applies a plan in this order: released, new, page_tables, grants.
-- A page goes back to the pool only once the step that last wrote it is committed. As plan and commit
-  alternate, both may free at once; `abort` during a step leaves its pages until that step's commit. Nor is a
-  page shared before: a prefix hit is of positions that a committed step has computed.
+- Steps run in the order of their plans, and are committed in it. `plan` may be one step ahead of `commit`: it
+  counts on the tokens that the step under way will sample, without knowing them. A plan without grants is not
+  committed.
+- A rank applies a plan in this order: released, new, page_tables, grants. A grant may begin at the token that
+  the step before samples. Tokens sampled for a sequence that a later plan released count for nothing.
+- A page is shared only when the step that filled it is committed: a prefix hit is of what is computed.
 - The token that ends an output (end token, stop id, last one of a stop string) is one of its tokens and is
   in its events, so that positions are gapless and a log can be rebuilt; whoever makes text drops it.
 - Whoever runs out of time ends with FinishReason.ABORT and an error that says so; a client's abort has none.
@@ -20,6 +21,7 @@ Rules that others rely on:
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable
 from itertools import count
 
@@ -28,7 +30,16 @@ from msgspec import structs
 from k2dist.cache import PagePool, page_keys
 from k2dist.errors import CapacityError, RequestError
 from k2dist.ids import Generation, LaneId, RequestId, SeqId
-from k2dist.messages import Event, FinishReason, Grant, LaneLoad, Request, StepPlan, StepResult
+from k2dist.messages import (
+    Event,
+    FinishReason,
+    Grant,
+    LaneLoad,
+    NewSequence,
+    Request,
+    StepPlan,
+    StepResult,
+)
 from k2dist.scheduler.deadlines import Deadlines
 from k2dist.scheduler.flight import Flight
 from k2dist.scheduler.limits import Limits
@@ -60,7 +71,7 @@ class Scheduler:
         self._rules = EndRules(end_token_ids, token_bytes, max_positions)
         self._outputs: dict[RequestId, list[Sequence]] = {}  # of requests with an output that goes on
         self._deadlines = Deadlines()
-        self._flight: Flight | None = None  # planned, not committed
+        self._flights: deque[Flight] = deque()  # planned with grants, not committed; two at most
         self._numbers = count()
 
     # -- requests --------------------------------------------------------------------------------------
@@ -111,8 +122,8 @@ class Scheduler:
         return tuple(events)
 
     def lose_pages(self) -> None:
-        """The cache is gone and the ranks forgot all sequences: keep tokens, undo a step in flight."""
-        self._flight = None
+        """The cache is gone and the ranks forgot all sequences: keep tokens, undo the steps in flight."""
+        self._flights.clear()
         self._roster.forget_ranks()
 
     # -- steps -----------------------------------------------------------------------------------------
@@ -120,12 +131,15 @@ class Scheduler:
     def plan(self, generation: Generation, step: int, now_s: float, *, prefill: bool = True) -> StepPlan:
         """Decide the next step. Equal histories and equal `now_s` give an equal plan; an empty one is a plan.
 
+        At most one step may be planned and not committed. Whoever waits for that step alone, because it
+        brings the last token, is granted nothing.
+
         Tokens: first one to each decoding sequence, then chunks to those that catch up, then to new ones.
         Pages: in rank order, as needed for this step's tokens only; who lacks one takes them from the last.
         Without `prefill` only generated positions are granted, one per sequence, and nobody is admitted; nor
         is anybody when pages were so short that somebody lost them: it would be the next to lose them.
         """
-        assert self._flight is None or not self._flight.grants, "the last plan is not committed"
+        assert len(self._flights) < 2, "the plan before the last one is not committed"
         roster, flight = self._roster, Flight()
         budget = self._limits.step_tokens - len(roster.decoding)
         shares = self._share_chunks(budget) if prefill else self._share_singles()
@@ -137,39 +151,31 @@ class Scheduler:
             generation=generation,
             step=step,
             released=roster.take_released(),
-            new=tuple([seq.introduction() for seq in new]),
+            new=tuple(new),
             page_tables=roster.take_page_tables(),
             grants=tuple(flight.grants),
         )
-        self._flight = flight
+        if flight.grants:
+            self._flights.append(flight)
         return flight.plan
 
     def commit(self, result: StepResult, now_s: float) -> tuple[Event, ...]:
-        """Take what the planned step produced: positions now in the cache, a token per sampling grant.
-
-        Then whoever has run out of time ends: the step's token is the last one.
+        """Take what the oldest planned step produced: its positions are in the cache, a token per sampling
+        grant. Then whoever has run out of time ends: the step's token is the last one.
         """
-        flight = self._flight
-        assert flight is not None, "nothing is planned"
-        flight.check_result(result)
-        self._flight = None
+        assert self._flights, "nothing is planned"
+        self._flights[0].check_result(result)
+        flight = self._flights.popleft()
         events = _score(flight, result)
-        chunks = [(seq, grant) for seq, grant in flight.chunks if seq.end is None]
-        for seq, grant in chunks:
-            seq.computed_len = grant.start + grant.num_tokens
+        for seq, grant in flight.chunks:
+            if seq.end is None and seq.held_len:
+                self._roster.publish(seq, grant.start, grant.start + grant.num_tokens)
         ended: list[Sequence] = []
-        num_turned, last_offset = 0, self._roster.pool.page_tokens - 1
         for seq, token_id, logprob in zip(flight.sampling, result.token_ids, result.logprobs, strict=True):
-            if seq.end is None:
-                seq.computed_len = seq.known_len
+            if seq.end is None and seq.held_len:  # else it was ended or preempted meanwhile
                 events.append(seq.take(token_id, logprob))
-                if not seq.known_len & last_offset:  # page_tokens is a power of two
-                    num_turned += 1
                 if seq.end is not None:
                     ended.append(seq)
-        self._roster.turned(num_turned)
-        for seq, grant in chunks:
-            self._roster.advanced(seq, grant.start)
         self._let_go(ended)
         return (*events, *self.expire(now_s))
 
@@ -181,7 +187,7 @@ class Scheduler:
 
     @property
     def wants_prefill(self) -> bool:
-        """Whether, as of the last commit, a plan with `prefill` would do more than one without."""
+        """Whether a plan with `prefill` would now do more than one without."""
         return bool(self._roster.catching_up) or self._roster.next_fit() is not None
 
     def cached_prefix_len(self, prompt: tuple[int, ...], tenant: str) -> int:
@@ -229,21 +235,19 @@ class Scheduler:
         for seq in self._outputs.pop(request_id, ()):
             if seq.end is None:
                 seq.end = End(FinishReason.ABORT, error=error)
-                is_in_flight = self._flight is not None and self._flight.computes(seq)
-                self._roster.remove(seq, is_in_flight=is_in_flight)
+                self._roster.remove(seq)
                 events.append(seq.event(len(seq.generated)))
         self._deadlines.discard(request_id)
         return tuple(events)
 
     def _let_go(self, ended: list[Sequence]) -> None:
-        """A step is committed: of those that ended by it, and of those that were ended during it."""
+        """A step is committed: of those that ended by it."""
         for seq in ended:
-            self._roster.remove(seq, is_in_flight=False)
+            self._roster.remove(seq)
             outputs = self._outputs.get(seq.request_id, ())
             if all(output.end is not None for output in outputs):  # several may end in one step
                 self._outputs.pop(seq.request_id, None)
                 self._deadlines.discard(seq.request_id)
-        self._roster.settle()
 
     # -- planning --------------------------------------------------------------------------------------
 
@@ -263,10 +267,11 @@ class Scheduler:
 
     def _grant_running(self, flight: Flight, shares: dict[SeqId, int]) -> None:
         """Grants in rank order, as far as pages reach."""
-        roster, order = self._roster, self._roster.decoding
+        roster, order = self._roster, [*self._roster.decoding]
         publishes_all = self._limits.reuse_generated
         if shares:
             order = sorted([*order, *(seq for seq in roster.catching_up if seq.id in shares)], key=by_rank)
+        num_turned, last_offset = 0, roster.pool.page_tokens - 1
         for seq in order:
             if not seq.held_len:
                 break  # its pages went to one before it, and so did those of all behind it
@@ -274,20 +279,30 @@ class Scheduler:
             if not seq.is_decoding or publishes_all:
                 num_tokens = roster.secure(seq, shares.get(seq.id, 1))
                 if num_tokens > 0:
-                    flight.add(seq, num_tokens)
-            elif start < seq.held_len or roster.secure(seq, 1):  # as `add`, faster
+                    self._grant(flight, seq, num_tokens)
+            elif start < seq.held_len or roster.secure(seq, 1):  # as `_grant`, faster
                 flight.grants.append(Grant(seq_id=seq.id, start=start, num_tokens=1, samples=True))
                 flight.sampling.append(seq)
                 flight.seq_ids.append(seq.id)
+                seq.computed_len, seq.known_len = start + 1, start + 2
+                if start + 2 == seq.max_len:
+                    roster.finish(seq)
+                elif not (start + 2) & last_offset:  # page_tokens is a power of two
+                    num_turned += 1
+        roster.turned(num_turned)
 
-    def _admit(self, flight: Flight, budget: int, now_s: float) -> list[Sequence]:
+    def _grant(self, flight: Flight, seq: Sequence, num_tokens: int) -> None:
+        flight.add(seq, num_tokens)
+        self._roster.advance(seq, num_tokens)
+
+    def _admit(self, flight: Flight, budget: int, now_s: float) -> list[NewSequence]:
         """First chunks of waiting sequences, strictly in their order: who does not fit is not overtaken."""
         started = []
         while budget > 0 and (hits := self._roster.next_fit()) is not None:
             seq = self._roster.start_next(hits, now_s)
             num_tokens = self._roster.secure(seq, min(seq.extent, self._limits.chunk_tokens, budget))
-            flight.add(seq, num_tokens)
-            started.append(seq)
+            started.append(seq.introduction())
+            self._grant(flight, seq, num_tokens)
             budget -= num_tokens
         return started
 
@@ -298,13 +313,15 @@ class Scheduler:
         roster = self._roster
         roster.check()
         going_on = [seq.id for outputs in self._outputs.values() for seq in outputs if seq.end is None]
-        listed = [seq.id for seq in roster.decoding + roster.catching_up] + roster.waiting.ids()
+        running = roster.decoding + roster.catching_up + roster.finishing
+        listed = [seq.id for seq in running] + roster.waiting.ids()
         assert sorted(going_on) == sorted(listed), "a sequence is lost"
         self._deadlines.check(set(self._outputs))
-        if self._flight is None or not self._flight.grants:
-            roster.check_settled()
-        else:
-            num_tokens = sum(grant.num_tokens for grant in self._flight.grants)
+        promised = Counter(seq.id for flight in self._flights for seq in flight.sampling if seq.held_len)
+        for seq in running:
+            assert seq.known_len == seq.taken_len + promised[seq.id], f"sequence {seq.id} counts wrongly"
+        for flight in self._flights:
+            num_tokens = sum(grant.num_tokens for grant in flight.grants)
             assert num_tokens <= self._limits.step_tokens, f"{num_tokens} tokens in a step"
 
 

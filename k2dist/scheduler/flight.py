@@ -1,9 +1,8 @@
-"""The step that is planned and not committed."""
+"""A step that is planned and not committed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from k2dist.ids import SeqId
 from k2dist.messages import Grant, StepPlan, StepResult
@@ -24,22 +23,13 @@ class Flight:
         """Grant a sequence its next `num_tokens` positions."""
         start = seq.computed_len
         samples = start + num_tokens == seq.known_len
-        grant = Grant(
-            seq_id=seq.id, start=start, num_tokens=num_tokens, samples=samples, scores=seq.wants_scores
-        )
+        scores = seq.wants_scores and start < seq.prompt_len
+        grant = Grant(seq_id=seq.id, start=start, num_tokens=num_tokens, samples=samples, scores=scores)
         self.grants.append(grant)
         self.chunks.append((seq, grant))
         if samples:
             self.sampling.append(seq)
             self.seq_ids.append(seq.id)
-
-    def computes(self, seq: Sequence) -> bool:
-        """Whether the step writes the sequence's pages."""
-        return seq.id in self._computed
-
-    @cached_property
-    def _computed(self) -> frozenset[SeqId]:
-        return frozenset(grant.seq_id for grant in self.grants)
 
     def check_result(self, result: StepResult) -> None:
         """Assert that `result` is of this step, with a token for each grant that samples."""

@@ -18,6 +18,9 @@ class Limits(Message, frozen=True, kw_only=True):
     chunk_tokens: int = 512  # prompt rows of one sequence in one step; less: fairer among prompts
     max_running: int = 256  # sequences that hold pages; more: higher throughput, slower each
     max_waiting: int = 1024  # sequences that wait for a place; beyond it `add` refuses
+    # Prompts are computed in every so many steps, on all lanes in the same ones; more: tokens come sooner
+    # beside prompts, and prompts take longer.
+    prefill_every: int = 1
     # Who has waited so long is one priority higher; more: priorities mean more, and low ones wait longer.
     ageing_s: float = 60.0
     # Let a prompt find pages that were generated: a next turn starts sooner, and its bits may differ from
@@ -25,7 +28,7 @@ class Limits(Message, frozen=True, kw_only=True):
     reuse_generated: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("step_tokens", "chunk_tokens", "max_running", "max_waiting"):
+        for name in ("step_tokens", "chunk_tokens", "max_running", "max_waiting", "prefill_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"scheduler.{name}={getattr(self, name)}: must be at least 1")
         if self.step_tokens < self.max_running:

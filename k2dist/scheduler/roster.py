@@ -1,11 +1,15 @@
 """A lane's sequences and its pages: who runs, who waits, who holds what.
 
-    waiting ──start──> catching up ──> decoding ──remove──> (ending, while a step in flight writes its pages)
+    waiting ──start──> catching up ──> decoding ──> finishing ──remove──> gone
        ^                    │              │
        └────── preempt_last ┴──────────────┘
 
-Only running (catching up, decoding) and ending sequences hold pages. Both lists of running ones are kept in
-order of rank, so that a plan looks at no more sequences than it grants rows to.
+Only running sequences (catching up, decoding, finishing) hold pages. The first two lists are kept in order of
+rank, so that a plan looks at no more sequences than it grants rows to. Who is finishing was promised its last
+token: it is granted nothing more, and nobody takes its pages.
+
+Whoever leaves gives its pages back at once, though a step in flight may still write them: who gets them next
+writes in a later step, and steps run in order.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ class Roster:
         self.pool = pool
         self.decoding: list[Sequence] = []
         self.catching_up: list[Sequence] = []
+        self.finishing: list[Sequence] = []
         self.waiting = Waiting(limits.ageing_s)
         self._max_running = limits.max_running
         self._reuse_generated = limits.reuse_generated
-        self._ending: list[Sequence] = []
         self._released: list[SeqId] = []
         self._page_tables: list[PageTable] = []
         # Pages that running sequences lack for all they know and one token more.
@@ -42,7 +46,7 @@ class Roster:
 
     @property
     def num_running(self) -> int:
-        return len(self.decoding) + len(self.catching_up)
+        return len(self.decoding) + len(self.catching_up) + len(self.finishing)
 
     # -- coming and going ------------------------------------------------------------------------------
 
@@ -76,34 +80,20 @@ class Roster:
         return seq
 
     def preempt_last(self) -> None:
-        """Send the last running sequence back to wait: its pages are freed, its tokens kept."""
-        seq = self._last()
-        self._leave(seq)
-        self._drop_pages(seq)
-        self.waiting.add(seq, seq.started_s)
+        """Send the last sequence that is not finishing back to wait: its pages are freed, its tokens kept."""
+        self._preempt(self._last())
 
-    def remove(self, seq: Sequence, *, is_in_flight: bool) -> None:
-        """Take an ended sequence out. One that a step in flight computes keeps its pages until `settle`."""
-        if not seq.pages:
-            self.waiting.remove(seq)
-            return
-        self._leave(seq)
-        if is_in_flight:
-            self._ending.append(seq)
+    def remove(self, seq: Sequence) -> None:
+        """Take an ended sequence out."""
+        if seq.pages:
+            self._leave(seq)
         else:
-            self._drop_pages(seq)
-
-    def settle(self) -> None:
-        """No step is in flight: free the pages of sequences that ended during it."""
-        for seq in self._ending:
-            self._drop_pages(seq)
-        self._ending.clear()
+            self.waiting.remove(seq)
 
     def forget_ranks(self) -> None:
         """The ranks have lost all pages and all sequences: every one waits again, and nothing is cached."""
-        self.settle()
-        while self.num_running:
-            self.preempt_last()
+        for seq in (*self.finishing, *self.decoding, *self.catching_up):
+            self._preempt(seq)
         self.pool.forget_prefixes()
         self._released.clear()
         self._page_tables.clear()
@@ -136,25 +126,41 @@ class Roster:
         self._page_tables.clear()
         return tables
 
-    def advanced(self, seq: Sequence, start: int) -> None:
-        """A committed step moved `computed_len` from `start`: publish what is full, and see who decodes.
-
-        Not for one that was ended during the step: it may have been because the step went wrong.
-        """
-        end = min(seq.computed_len, self._shareable_len(seq)) // self.pool.page_tokens
-        first = start // self.pool.page_tokens
-        if first < end:
-            keys = list(seq.keys(end, self.pool.page_tokens))
-            for index in range(first, end):
-                self.pool.publish(seq.pages[index], keys[index])
-        if seq.end is None and not seq.is_decoding and _decodes(seq):
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
+        """`num_tokens` positions were granted, for which `seq` has pages; if they are all, a token more is
+        promised. Sees who decodes and who finishes by it."""
+        seq.computed_len += num_tokens
+        if seq.computed_len == seq.known_len:
+            seq.known_len += 1
+            self.turned(_wants_page(seq, self.pool.page_tokens))
+        if seq.known_len == seq.max_len:
+            self.finish(seq)
+        elif not seq.is_decoding and _decodes(seq):
             self._unlist(seq)
             seq.is_decoding = True
             self._list(seq)
 
+    def finish(self, seq: Sequence) -> None:
+        """The last token of a running sequence is promised."""
+        self._unlist(seq)
+        seq.is_decoding = True
+        self.finishing.append(seq)
+
     def turned(self, num_seqs: int) -> None:
         """The newest token of `num_seqs` running sequences was the last one that fits into its page."""
         self._num_owed += num_seqs
+
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
+        """A committed step computed [start, end) of a running `seq`: share the pages that it filled.
+
+        Not of one that was ended during the step: it may have been because the step went wrong.
+        """
+        last = min(end, self._shareable_len(seq)) // self.pool.page_tokens
+        first = start // self.pool.page_tokens
+        if first < last:
+            keys = list(seq.keys(last, self.pool.page_tokens))
+            for index in range(first, last):
+                self.pool.publish(seq.pages[index], keys[index])
 
     def _find_prefix(self, seq: Sequence) -> list[PageId]:
         """Published pages of `seq`'s first tokens; its last known token is always left to be computed."""
@@ -166,7 +172,7 @@ class Roster:
 
     def _shareable_len(self, seq: Sequence) -> int:
         """Positions whose pages others may use: a prompt token must have been computed by the prompt path."""
-        return seq.known_len if self._reuse_generated else seq.prompt_len
+        return seq.taken_len if self._reuse_generated else seq.prompt_len
 
     def _reach(self, seq: Sequence) -> int:
         """Positions that `seq` could compute with its own pages and all free ones."""
@@ -178,11 +184,6 @@ class Roster:
             seq.pages += pages
             seq.held_len += len(pages) * self.pool.page_tokens
             self._num_owed -= len(pages)
-
-    def _drop_pages(self, seq: Sequence) -> None:
-        self.pool.free(reversed(seq.pages))
-        seq.pages.clear()
-        seq.held_len = seq.computed_len = 0
 
     # -- lists -----------------------------------------------------------------------------------------
 
@@ -196,18 +197,29 @@ class Roster:
         del seqs[index]
 
     def _last(self) -> Sequence:
-        """Of all that run; there must be one."""
+        """Of all that run and are not finishing; there must be one."""
         return max((seqs[-1] for seqs in (self.decoding, self.catching_up) if seqs), key=by_rank)
 
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        self.waiting.add(seq, seq.started_s)
+
     def _leave(self, seq: Sequence) -> None:
-        """Out of the running ones; the ranks are to forget it."""
-        self._unlist(seq)
-        seq.is_decoding = False
+        """Out of the running ones, without its pages and what it was promised; the ranks are to forget it."""
+        if seq.known_len == seq.max_len:
+            self.finishing.remove(seq)
+        else:
+            self._unlist(seq)
         self._num_owed -= self._num_missing(seq)
         self._released.append(seq.id)
+        self.pool.free(reversed(seq.pages))
+        seq.pages.clear()
+        seq.held_len = seq.computed_len = 0
+        seq.known_len = seq.taken_len
+        seq.is_decoding = False
 
     def _num_missing(self, seq: Sequence) -> int:
-        return self.pool.pages_for(seq.known_len + 1) - len(seq.pages)
+        return self.pool.pages_for(min(seq.known_len + 1, seq.max_len)) - len(seq.pages)
 
     # -- invariants ------------------------------------------------------------------------------------
 
@@ -215,19 +227,18 @@ class Roster:
         """Assert what must hold between any two calls of the scheduler."""
         self.pool.check()
         self.waiting.check()
-        running = self.decoding + self.catching_up
+        running = self.decoding + self.catching_up + self.finishing
         for seq in running:
             seq.check_running(self.pool.page_tokens)
         for seqs in (self.decoding, self.catching_up):
             assert seqs == sorted(seqs, key=by_rank), "a list is out of order"
         assert all(seq.is_decoding for seq in self.decoding), "one that catches up is among the decoding"
         assert not any(seq.is_decoding for seq in self.catching_up), "one that decodes is among the others"
+        for seq in running:
+            assert (seq.known_len == seq.max_len) == (seq in self.finishing), f"sequence {seq.id} goes on"
         assert len(running) <= self._max_running, f"{len(running)} run"
         assert self._num_owed == sum(map(self._num_missing, running)), "pages are owed and not counted"
-        self._check_tables(running + self._ending)
-
-    def check_settled(self) -> None:
-        assert not self._ending, "an ended sequence holds pages and no step is in flight"
+        self._check_tables(running)
 
     def _check_tables(self, holders: list[Sequence]) -> None:
         """Every page is in as many tables as the pool says, and holds the same tokens for all of them."""
@@ -248,3 +259,8 @@ class Roster:
 
 def _decodes(seq: Sequence) -> bool:
     return seq.computed_len >= seq.prompt_len and seq.lag == 1
+
+
+def _wants_page(seq: Sequence, page_tokens: int) -> bool:
+    """Whether the newest token fills its page, and another will follow it."""
+    return seq.known_len % page_tokens == 0 and seq.known_len < seq.max_len

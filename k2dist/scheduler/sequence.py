@@ -2,8 +2,11 @@
 
 0            prompt_len          computed_len        known_len
 |-- prompt -----|------ generated ----|---- lag ---------|
-positions below computed_len are in the cache; a grant moves computed_len towards known_len;
-when it arrives, the step samples the token at position known_len.
+a grant moves computed_len towards known_len; when it arrives, the step samples one token more, and known_len
+moves on at once: the token is promised. `generated` holds the tokens that have come.
+
+Both lengths are as of the last plan: it and the step before may still have to run. Who is preempted takes
+nothing from these: its promised tokens are computed again, and are the same.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Sequence:
     id: SeqId
     request_id: RequestId
     output_index: int
-    known_len: int  # prompt and generated tokens
+    known_len: int  # prompt, generated and promised tokens
     stop_ids: frozenset[int]  # any of these ends it, from token number `min_tokens` (from 1) on
     max_len: int  # it ends when it knows so many tokens
     computed_len: int = field(default=0, init=False)
@@ -92,12 +95,18 @@ class Sequence:
                 raise RequestError(
                     "generated", f"output {output_index} goes on after its end at token {token_idx - 1}"
                 )
+            seq.known_len += 1
             seq.take(token_id, None)
         return seq
 
     @property
+    def taken_len(self) -> int:
+        """Prompt and generated tokens: `known_len` without what is promised."""
+        return self.prompt_len + len(self.generated)
+
+    @property
     def lag(self) -> int:
-        """Known tokens that are not computed; at least 1 between steps, as a new token is not computed."""
+        """Known tokens that no planned step computes; at least 1, as a new token is not computed."""
         return self.known_len - self.computed_len
 
     @property
@@ -128,7 +137,7 @@ class Sequence:
             yield self._keys[index]
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> Event:
-        """The next generated token; returns its event, and sets `end` when it ends the output.
+        """A promised token; returns its event, and sets `end` when it ends the output.
 
         End tokens, the client's stop ids, stop strings, then the lengths; the first rule that holds. Before
         token number `min_tokens` (from 1) no token ends the output, and no stop string even begins
@@ -137,9 +146,8 @@ class Sequence:
         assert self.end is None, f"sequence {self.id} got a token after its end"
         first_index = len(self.generated)
         self.generated.append(token_id)
-        self.known_len += 1
         is_rare = token_id in self.stop_ids or self.stop_strings is not None
-        if is_rare or self.known_len >= self.max_len:
+        if is_rare or self.prompt_len + first_index + 1 >= self.max_len:
             self.end = self._find_end(token_id)
             if self.end is not None:
                 return self.event(first_index, () if logprob is None else (logprob,))
@@ -207,7 +215,7 @@ class Sequence:
                 match = self.stop_strings.push(self.rules.token_bytes(token_id)).match
                 if match is not None:
                     return End(FinishReason.STOP, match)
-        return End(FinishReason.LENGTH) if self.known_len >= self.max_len else None
+        return End(FinishReason.LENGTH) if self.taken_len >= self.max_len else None
 
     def _tokens(self, start: int, end: int) -> list[int]:
         """Known tokens [start, end)."""
@@ -223,7 +231,7 @@ class Sequence:
         assert not self.pages, f"sequence {self.id} waits and holds pages"
         assert (self.computed_len, self.held_len) == (0, 0), f"sequence {self.id} waits and has computed"
         assert not self.is_decoding, f"sequence {self.id} waits and decodes"
-        self._check_lengths()
+        assert self.known_len == self.taken_len, f"sequence {self.id} waits and was promised a token"
 
     def check_running(self, page_tokens: int) -> None:
         """Assert that it goes on, and that its pages reach as far as it has computed."""
@@ -232,9 +240,7 @@ class Sequence:
         assert self.held_len == len(self.pages) * page_tokens, f"sequence {self.id} miscounts its pages"
         assert self.computed_len <= self.held_len, f"sequence {self.id} lacks a page"
         assert self.computed_len < self.known_len, f"sequence {self.id} computed a token nobody knows"
+        assert 0 <= self.known_len - self.taken_len <= 2, f"sequence {self.id} was promised too much"
+        assert self.known_len <= self.max_len, f"sequence {self.id} was promised a token after its last"
         decodes = self.computed_len >= self.prompt_len and self.lag == 1
         assert self.is_decoding == decodes, f"sequence {self.id}, decoding: {self.is_decoding}"
-        self._check_lengths()
-
-    def _check_lengths(self) -> None:
-        assert self.known_len == self.prompt_len + len(self.generated), f"sequence {self.id} miscounts"

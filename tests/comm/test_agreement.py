@@ -16,7 +16,7 @@ def word(**changes):
 def test_one_rank_agrees_with_itself():
     for mine in (
         IDLE,
-        word(num_rows=5, is_idle=False, is_stopping=True, wants_prefill=True, has_failed=True),
+        word(num_rows=5, is_idle=False, is_stopping=True, has_prompts=True, has_decodes=True),
     ):
         assert combine([mine]) == mine
         assert agree(Alone(), mine) == mine
@@ -26,7 +26,7 @@ def test_any_and_all():
     busy = word(num_rows=5, is_idle=False)
     assert combine([IDLE, busy, word(num_rows=3)]) == busy
     assert combine([IDLE, IDLE]) == IDLE
-    for name in ("is_stopping", "wants_prefill", "has_failed"):
+    for name in ("is_stopping", "has_prompts", "has_decodes"):
         for said in itertools.product((False, True), repeat=3):
             assert getattr(combine([word(**{name: yes}) for yes in said]), name) == any(said)
     for said in itertools.product((False, True), repeat=3):
@@ -47,7 +47,7 @@ def test_of_two_that_differ_the_lower_rank_is_right():
 
 
 def test_all_ranks_learn_the_same(run_ranks):
-    words = [word(num_rows=r * 2**40, is_idle=r == 1, has_failed=r == 2) for r in range(3)]
+    words = [word(num_rows=r * 2**40, is_idle=r == 1, has_decodes=r == 2) for r in range(3)]
     agreed = run_ranks(thread_world(3, 20.0), lambda comm: agree(comm, words[comm.rank]))
     assert agreed == [combine(words)] * 3
     assert agreed[0].num_rows == 2 * 2**40

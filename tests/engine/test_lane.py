@@ -50,6 +50,8 @@ def request(name: str, *, max_tokens: int = 3, num_outputs: int = 1) -> Request:
 def step(port: LanePort, number: int, token: Callable[[int], int] = lambda i: 10 + i) -> StepPlan:
     """One step whose i-th sampled token is `token(i)`."""
     plan = port.plan(Generation(0), number)
+    if not plan.grants:
+        return plan
     sampled = tuple(grant.seq_id for grant in plan.grants if grant.samples)
     port.commit(
         StepResult(

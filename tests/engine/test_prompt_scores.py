@@ -48,7 +48,7 @@ def step(scheduler: Scheduler, number: int) -> tuple[StepPlan, tuple[Event, ...]
             for positions in scored
         ),
     )
-    events = scheduler.commit(result, 0.0)
+    events = scheduler.commit(result, 0.0) if plan.grants else ()
     scheduler.check()
     return plan, events
 

@@ -12,10 +12,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from k2dist.engine.runtime import RankRuntime
+from k2dist.engine.steps import Steps
 from k2dist.errors import CheckpointError, ConfigError, LayoutError, PeerError, RequestError, UsageError
 from k2dist.llm import LLM, Ask, Prompt, SamplingParams
+from k2dist.model.batch import Batch
 from tests.llm.conftest import LIMITS, NUM_PAGES, PAGE_TOKENS, open_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -257,15 +259,15 @@ def test_a_failed_rank_ends_the_call_with_its_error(
 ) -> None:
     before = set(threads_of_ranks())
     with open_llm(tiny_model_dir, lanes=lanes, tp=tp) as llm:
-        step, num_steps = RankRuntime._step, count()
+        hidden, num_steps = Steps._hidden, count()
         victim = llm._world.ranks[1]
 
-        def break_down(rank: RankRuntime, *arguments: object) -> None:
-            if rank is victim and next(num_steps) == 3:
+        def break_down(steps: Steps, batch: Batch) -> Tensor:
+            if steps._device is victim._device and next(num_steps) == 3:
                 raise error
-            step(rank, *arguments)  # type: ignore[arg-type]
+            return hidden(steps, batch)
 
-        monkeypatch.setattr(RankRuntime, "_step", break_down)
+        monkeypatch.setattr(Steps, "_hidden", break_down)
         started_s = time.monotonic()
         for _ in range(2):
             with pytest.raises(type(error)) as caught:

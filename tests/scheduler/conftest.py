@@ -6,6 +6,7 @@ or computed by the wrong path, a shared page that was overwritten or holds other
 """
 
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -114,7 +115,7 @@ class FakeRank:
         self.cache = [None] * len(self.cache)
         self.known.clear()
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def learn(self, plan: StepPlan) -> None:
         for seq_id in plan.released:
             del self.known[seq_id]
         for new in plan.new:
@@ -125,6 +126,9 @@ class FakeRank:
             pages = self.known[table.seq_id].pages
             assert table.first == len(pages), "a page table has a hole"
             pages += table.pages
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.learn(plan)
         samples, scores = {}, []
         for grant in plan.grants:
             seq = self.known[grant.seq_id]
@@ -187,7 +191,11 @@ class FakeRank:
 
 
 class FakeLane:
-    """Scheduler and rank, step by step, at `now_s`; gathers the events and checks after each call."""
+    """Scheduler and rank, step by step, at `now_s`; gathers the events and checks after each call.
+
+    `flying`: plans that are not committed. `step` leaves as many of them as there were: with one, each step
+    is planned while the one before runs, as on a real lane.
+    """
 
     def __init__(self, limits: Limits, *, num_pages: int, page_tokens: int, max_positions: int = 64) -> None:
         self.max_positions = max_positions
@@ -202,6 +210,7 @@ class FakeLane:
         self.rank = FakeRank(num_pages, page_tokens, mixes_paths=limits.reuse_generated)
         self.answers: dict[tuple[RequestId, int], Answer] = {}
         self.plans: list[StepPlan] = []
+        self.flying: deque[StepPlan] = deque()
         self.seen: dict[PageId, tuple[PageKey, list[Place | None]]] = {}  # pages as they were last checked
         self.num_steps = 0
         self.now_s = 0.0
@@ -220,37 +229,56 @@ class FakeLane:
     def lose_pages(self) -> None:
         self.rank.forget_all()
         self.scheduler.lose_pages()
+        self.flying.clear()
         self.check()
 
     def plan(self, *, prefill: bool = True) -> StepPlan:
         roster = self.scheduler._roster
         first = min(roster.decoding + roster.catching_up, key=lambda seq: seq.rank, default=None)
+        is_kept = first is not None and not roster.finishing  # these keep their pages for one step more
         plan = self.scheduler.plan(Generation(1), self.num_steps, self.now_s, prefill=prefill)
         self.check()
         self.num_steps += 1
         self.plans.append(plan)
+        self.flying.append(plan)
+        self.learn_empty()
         assert not {new.seq_id for new in plan.new} & set(plan.released), "preempted and admitted at once"
         if prefill:
-            assert bool(plan.grants) == self.scheduler.has_work, "work, and nobody may do any"
-            if first is not None:
+            assert self.num_flying or not self.scheduler.has_work, "work, and nobody may do any"
+            if first is not None and is_kept:
                 assert first.id in {grant.seq_id for grant in plan.grants}, "the first one stands still"
         return plan
 
-    def commit(self, plan: StepPlan) -> tuple[Event, ...]:
-        events = self.scheduler.commit(self.rank.run(plan), self.now_s)
+    def commit(self) -> tuple[Event, ...]:
+        """The oldest step that is planned."""
+        events = self.scheduler.commit(self.rank.run(self.flying.popleft()), self.now_s)
+        self.learn_empty()
         self.take(events)
         return events
 
+    @property
+    def num_flying(self) -> int:
+        return sum(bool(plan.grants) for plan in self.flying)
+
+    def learn_empty(self) -> None:
+        """Plans without grants are applied in their turn, and not committed."""
+        while self.flying and not self.flying[0].grants:
+            self.rank.learn(self.flying.popleft())
+
     def step(self, *, prefill: bool = True) -> tuple[StepPlan, tuple[Event, ...]]:
+        num_flying = self.num_flying
         plan = self.plan(prefill=prefill)
-        return plan, self.commit(plan)
+        return plan, self.commit() if self.num_flying > num_flying else ()
 
     def finish(self) -> None:
         """Step until nothing is left; everything must come home."""
         for _ in range(10_000):
             if not self.scheduler.has_work:
                 break
-            self.step()
+            if self.num_flying == 2 or (not self.step()[0].grants and self.flying):
+                self.commit()
+        while self.flying:
+            self.commit()
         load = self.scheduler.load(LaneId(0))
         assert (load.num_running, load.num_waiting) == (0, 0)
         assert load.num_pages_free == load.num_pages, "a page did not come home"

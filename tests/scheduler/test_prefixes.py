@@ -69,9 +69,9 @@ def test_a_page_is_shared_only_once_the_step_that_fills_it_is_committed(fake_lan
     lane = lane_of(fake_lane)
     lane.add(request())
     lane.step()  # four tokens: a page
-    plan = lane.plan()
+    lane.plan()
     assert lane.scheduler.cached_prefix_len(PROMPT, "") == 4
-    lane.commit(plan)
+    lane.commit()
     assert lane.scheduler.cached_prefix_len(PROMPT, "") == 8
     lane.step()
     lane.lose_pages()
@@ -83,21 +83,21 @@ def test_what_a_request_computed_when_it_was_ended_is_not_shared(fake_lane) -> N
     lane = lane_of(fake_lane)
     lane.add(request())
     lane.step()
-    plan = lane.plan()
+    lane.plan()
     lane.abort("r")
-    lane.commit(plan)
+    lane.commit()
     assert lane.scheduler.cached_prefix_len(PROMPT, "") == 4
 
 
 def test_after_wrong_numbers_nothing_is_found_again(fake_lane) -> None:
     lane = lane_of(fake_lane)
     for name in ("good", "spoiled"):
-        lane.add(request(name, max_tokens=2))
+        lane.add(request(name))
         lane.step()
         lane.step()
-    plan = lane.plan()
+    lane.plan()
     lane.abort("spoiled", is_spoiled=True)
-    lane.commit(plan)
+    lane.commit()
     assert lane.scheduler.cached_prefix_len(PROMPT, "") == 0
     assert lane.scheduler.load(0).num_pages_cached == 0
     lane.finish()

@@ -41,7 +41,7 @@ def speak(lane, *token_ids: int) -> list[Event]:
     for token_id in token_ids:
         plan = lane.plan()
         while not plan.grants[0].samples:
-            lane.commit(plan)
+            lane.commit()
             plan = lane.plan()
         result = StepResult(
             generation=1,
@@ -268,12 +268,35 @@ def test_an_idle_lane_plans_nothing_and_need_not_commit_it(fake_lane) -> None:
     lane.step()
 
 
-def test_a_plan_with_grants_must_be_committed(fake_lane) -> None:
+def test_a_plan_may_be_one_step_ahead_and_no_more(fake_lane) -> None:
     lane = lane_of(fake_lane)
     lane.add(request())
-    lane.plan()
+    first, second = lane.plan(), lane.plan()
+    grants = (*first.grants, *second.grants)
+    assert [(grant.start, grant.samples) for grant in grants] == [(0, True), (3, True)]
     with pytest.raises(AssertionError, match="not committed"):
         lane.plan()
+
+
+def test_nothing_is_planned_behind_the_last_token(fake_lane) -> None:
+    lane = lane_of(fake_lane)
+    lane.add(request("short", max_tokens=1))
+    lane.add(request("long"))
+    lane.plan()
+    assert [grant.seq_id for grant in lane.plan().grants] == [1]
+    lane.finish()
+    assert [len(lane.answers[name, 0].token_ids) for name in ("short", "long")] == [1, 4]
+
+
+def test_a_row_behind_an_end_is_discarded(fake_lane) -> None:
+    lane = lane_of(fake_lane)
+    lane.add(request(prompt=3, max_tokens=9, stop_token_ids=tuple(range(12))))
+    first, _ = lane.plan(), lane.plan()
+    (event,) = lane.commit()
+    assert event.finish is FinishReason.STOP
+    assert (lane.scheduler.has_work, lane.scheduler.load(0).num_pages_free) == (False, 8)
+    assert lane.commit() == ()
+    assert lane.plan().released == (first.grants[0].seq_id,)
 
 
 def test_a_result_of_another_step_is_not_taken(fake_lane) -> None:
@@ -315,8 +338,8 @@ def test_a_request_ends_when_its_time_is_up_and_says_so(fake_lane) -> None:
     lane.now_s = 104.9
     lane.step()
     lane.now_s = 105.0
-    plan = lane.plan()
-    events = lane.commit(plan)
+    lane.plan()
+    events = lane.commit()
     ends = [event for event in events if event.finish]
     assert [(event.request_id, event.output_index, event.finish) for event in ends] == [
         ("r", 0, FinishReason.ABORT),

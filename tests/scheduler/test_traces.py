@@ -29,7 +29,6 @@ def transcribe(text: str, fake_lane: type) -> str:
     """The script in `text` (comments, settings, `>` lines) with the lane's doings written under each line."""
     lines: list[str] = []
     lane = None
-    plan: StepPlan | None = None
     for line in text.splitlines():
         if line.startswith("#") or not line:
             lines.append(line)
@@ -50,10 +49,10 @@ def transcribe(text: str, fake_lane: type) -> str:
             elif verb in ("plan", "step"):
                 plan = lane.plan(prefill="decode" not in words)
                 lines += _describe_plan(plan)
-                if verb == "step":
-                    events = lane.commit(plan)
+                if verb == "step" and plan.grants:
+                    events = lane.commit()
             elif verb == "commit":
-                events = lane.commit(plan)
+                events = lane.commit()
             else:
                 assert verb == "lose", f"{line}: add, abort, wait, plan, commit, step or lose"
                 lane.lose_pages()

@@ -129,7 +129,9 @@ class FakeLane:
         while self._lost is None:
             await asyncio.sleep(self._step_s if self._scheduler.has_work else 0.001)
             plan = self._scheduler.plan(Generation(0), self.num_steps, time.monotonic())
-            self._publish(self._scheduler.commit(self._step(plan), time.monotonic()))
+            result = self._step(plan)
+            if plan.grants:
+                self._publish(self._scheduler.commit(result, time.monotonic()))
             self._scheduler.check()
             self.num_steps += 1
 

@@ -1,0 +1,159 @@
+"""One rank's steps on its device: launched in order, one while the other still runs.
+
+    step loop   plan 1, agree   forward 1   finish 0   sample 1   plan 2, agree   forward 2   finish 1   ...
+    device      ... sample 0 ->|  forward 1 ------------->|  sample 1 --->|  forward 2 ---->
+
+Forward and sample are launches of their own: what sampling needs of the step before, its tokens, is known by
+the time it is launched, and a mask may be computed meanwhile. The forward pass needs only the newest token of
+each sequence, and takes it on the device.
+
+Legend: S rows whose logits are wanted, D hidden width, P rows whose token the step before has sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from k2kernels import KernelSet
+from torch import Tensor
+
+from k2dist.comm import Communicator, Exchange
+from k2dist.config import Architecture
+from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.guard import RowGuard
+from k2dist.engine.readout import Outcome, PromptScore, Readout
+from k2dist.engine.sequences import Sequences
+from k2dist.ids import RequestId, SeqId
+from k2dist.messages import StepPlan, StepResult
+from k2dist.model import decoder
+from k2dist.model.batch import Batch
+from k2dist.model.latent_cache import LatentCache
+from k2dist.model.sampler import RowSampling, VocabularySlice
+from k2dist.model.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a rank computes with, in every generation. `cache` is None on a rank without a lane."""
+
+    weights: Weights
+    cache: LatentCache | None
+    architecture: Architecture
+    kernels: KernelSet
+    end_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a step brought, and what is wrong with each request that it spoiled."""
+
+    result: StepResult
+    faults: dict[RequestId, str]
+
+
+@dataclass(slots=True)
+class Step:
+    """A step that was launched."""
+
+    plan: StepPlan
+    seq_ids: tuple[SeqId, ...]  # of the grants that sample, in their order
+    hidden_SD: Future[Tensor]
+    outcome: Future[tuple[Outcome, dict[RequestId, str]]] | None = None
+
+
+class Steps:
+    """See the module. Called by the step loop alone; `forward`, `sample` and `finish` once for each step."""
+
+    def __init__(
+        self,
+        model: Model,
+        sequences: Sequences,
+        guard: RowGuard,
+        lane: Communicator | None,
+        exchange: Exchange,
+        device: DeviceThread,
+    ) -> None:
+        self._model = model
+        self._sequences = sequences
+        self._guard = guard
+        self._lane = lane
+        self._exchange = exchange
+        self._device = device
+
+    def forward(self, plan: StepPlan, before: Step | None) -> Step:
+        """Launch the forward pass of `plan`, which the rank has applied; `before` is the step before it."""
+        batch = self._sequences.batch(plan)
+        rows = self._sequences.promised_rows(plan)
+        seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
+        if rows:
+            assert before is not None, "a token was promised, and no step is under way"
+            places = {seq_id: place for place, seq_id in enumerate(before.seq_ids)}
+            row_P, place_P = list(rows.values()), [places[seq_id] for seq_id in rows]
+            work = partial(self._hidden_behind, batch, row_P, place_P, before)
+            return Step(plan, seq_ids, self._device.launch(work))
+        return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch)))
+
+    def sample(self, step: Step) -> None:
+        """Launch the sampling of a step whose forward pass was launched; the step before it is finished."""
+        work = partial(
+            self._read_out,
+            step.hidden_SD,
+            self._sequences.row_owners(step.plan),
+            self._sequences.row_samplings(step.plan),
+            self._sequences.prompt_scores(step.plan),
+        )
+        step.outcome = self._device.launch(work)
+
+    def finish(self, step: Step) -> Finished:
+        """Wait for a step, and note its tokens. Raises what its launches raised."""
+        assert step.outcome is not None, "it was not sampled"
+        outcome, faults = step.outcome.result()
+        for seq_id, token_id in zip(step.seq_ids, outcome.sampled.token_ids, strict=True):
+            self._sequences.append(seq_id, token_id)
+        result = StepResult(
+            generation=step.plan.generation,
+            step=step.plan.step,
+            seq_ids=step.seq_ids,
+            token_ids=outcome.sampled.token_ids,
+            logprobs=outcome.sampled.logprobs,
+            prompt_logprobs=outcome.prompt_logprobs,
+        )
+        return Finished(result, faults)
+
+    # -- on the device thread --------------------------------------------------------------------------
+
+    def _hidden_behind(self, batch: Batch, row_P: list[int], place_P: list[int], before: Step) -> Tensor:
+        """The forward pass of a batch, some of whose tokens the step before has sampled."""
+        assert before.outcome is not None, "a step runs before the one before it"
+        token_ids = before.outcome.result()[0].sampled.token_ids
+        batch.token_T[row_P] = torch.tensor([token_ids[place] for place in place_P])
+        return self._hidden(batch)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        model = self._model
+        return decoder.hidden(
+            batch, model.weights, model.cache, self._lane, self._exchange, model.architecture, model.kernels
+        )
+
+    def _read_out(
+        self,
+        hidden_SD: Future[Tensor],
+        owner_S: Sequence[RequestId],
+        samplings: Sequence[RowSampling],
+        scores: Sequence[Sequence[PromptScore]],
+    ) -> tuple[Outcome, dict[RequestId, str]]:
+        """What the plan wants of the last hidden rows; the same on all tp ranks. Collective over the lane."""
+        model = self._model
+        x_SD, faults = self._guard.check(hidden_SD.result(), owner_S)
+        if self._lane is None or model.weights.lane is None:
+            return Outcome.nothing(), faults
+        readout = Readout(
+            head=partial(decoder.head, weights=model.weights.lane, kernels=model.kernels),
+            vocabulary=VocabularySlice.of(self._lane, model.architecture.vocab_size),
+            end_token_ids=model.end_token_ids,
+        )
+        return readout.read(x_SD, samplings, scores), faults
