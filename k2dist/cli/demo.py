@@ -23,13 +23,11 @@ from k2dist.cli.launch import launched
 from k2dist.cli.prepare import prepare_world
 from k2dist.cli.progress import start_progress
 from k2dist.config.load import load_cluster
-from k2dist.demo import MODEL_DIR, tools
+from k2dist.demo import LAPTOP_CONFIG, MODEL_DIR, tools
 from k2dist.demo.corpus import TOOL_NAMES
 from k2dist.errors import K2Error
 from k2dist.service.client import Client
 from k2dist.service.client_request import PartialSampling
-
-CONFIG = MODEL_DIR.parent / "laptop.yaml"  # cluster_configs/laptop.yaml
 
 GREEDY = PartialSampling(temperature=0.0, max_tokens=160)
 QUESTIONS = (
@@ -44,7 +42,7 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Leave it serving; `k2dist stop` ends it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened as one JSON object.")] = False,
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT to listen on.")] = None,
-    config: Annotated[Path, typer.Option(help="Another cluster YAML.")] = CONFIG,
+    config: Annotated[Path, typer.Option(help="Another cluster YAML.")] = LAPTOP_CONFIG,
     model: Annotated[Path, typer.Option(help="Another model directory.")] = MODEL_DIR,
 ) -> None:
     """Start a cluster on this machine, talk to its model, and show what ran where."""

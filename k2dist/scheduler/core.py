@@ -185,11 +185,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._outputs)
 
-    @property
-    def wants_prefill(self) -> bool:
-        """Whether a plan with `prefill` would now do more than one without."""
-        return bool(self._roster.catching_up) or self._roster.next_fit() is not None
-
     def cached_prefix_len(self, prompt: tuple[int, ...], tenant: str) -> int:
         """How many of the first tokens of `prompt` a request of `tenant` would find computed now.
 

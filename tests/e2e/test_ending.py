@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import time
 from pathlib import Path
+
+import psutil
 
 from k2dist.cluster.process_mark import find_process
 from k2dist.cluster.ray_host import HostProcess
@@ -98,6 +101,26 @@ def test_a_rank_that_dies_while_loading_is_named(
         line = command.error_line()
     assert "'dying' ended: world rank " in line
     assert "died while " in line
+    await_that(lambda: actors_of(ray_host.mark.pid, "RankActor") == [], "the other rank lives")
+    await_that(lambda: actors_of(ray_host.mark.pid, "Supervisor") == [], "the supervisor lives")
+
+
+def test_a_rank_that_dies_in_its_sleep_is_named(
+    ray_host: HostProcess, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Nobody waits for it in a collective then: its host sees it go, and the other rank is woken to end."""
+    config = write_config(tmp_path, "asleep", parallel="{lanes: 1, tp: 2}", ranks="{rank_cpus: 0.5}")
+    with Command(
+        "serve", config, "--model", tiny_model_dir, "--json", ray_address=ray_host.address
+    ) as command:
+        ranks = command.line()["ranks"]
+        time.sleep(0.5)
+        psutil.Process(ranks[1]["pid"]).kill()
+        began_s = time.monotonic()
+        assert command.wait() == 1
+        assert time.monotonic() - began_s < 30, "longer than it takes to stop"
+        message = json.loads(command.output())["error"]["message"]
+    assert "world rank 1" in message
     await_that(lambda: actors_of(ray_host.mark.pid, "RankActor") == [], "the other rank lives")
     await_that(lambda: actors_of(ray_host.mark.pid, "Supervisor") == [], "the supervisor lives")
 

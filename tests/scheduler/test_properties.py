@@ -165,21 +165,6 @@ def test_equal_histories_give_equal_plans(fake_lane, limits, num_pages, requests
     assert lanes[0].plans == lanes[1].plans
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(some_limits(), st.integers(3, 14), requests)
-def test_wants_prefill_says_whether_prefill_would_do_more(fake_lane, limits, num_pages, requests):
-    lane = fake_lane(limits, num_pages=num_pages, page_tokens=4, max_positions=MAX_POSITIONS)
-    for request in requests:
-        if len(request.prompt) + request.sampling.max_tokens <= num_pages * 4:
-            lane.add(request)
-    while lane.scheduler.has_work:
-        wanted = lane.scheduler.wants_prefill
-        plan, _ = lane.step()
-        if not wanted:
-            assert all(grant.samples and grant.num_tokens == 1 for grant in plan.grants)
-            assert not plan.new
-
-
 def long_request(rng: Random, number: int) -> Request:
     """Of one of four conversations, each a tree of prompts that begin alike."""
     common = tuple(1 + (token * 7 + rng.randrange(4)) % 11 for token in COMMON[:1]) + COMMON[1:]
