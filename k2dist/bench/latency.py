@@ -24,8 +24,7 @@ from k2dist.messages import Message
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
 
-WINDOW_S = 5.0
-_QUIET_S = 5.0  # Ray goes on for so long with what a start has begun
+_QUIET_S = 8.0  # Ray goes on for so long with what a start has begun
 _NUM_WINDOWS = 3
 _SETUP_ACTORS = 2  # besides the ranks: supervisor and coordinator
 
