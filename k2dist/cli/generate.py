@@ -76,9 +76,14 @@ def generate(
         batch = read_texts(file, sampling, is_chat=chat, system=system)
     else:
         batch = Batch.of_texts(prompts or (), sampling, is_chat=chat, system=system)
+    is_shown = False if quiet else None
     try:
-        with batch, open_output(out) as write, LLM(model, lanes=lanes, tp=tp, seed=seed) as llm:
-            errors = batch.run(llm, write, progress=False if quiet else None)
+        with (
+            batch,
+            open_output(out) as write,
+            LLM(model, lanes=lanes, tp=tp, seed=seed, progress=is_shown) as llm,
+        ):
+            errors = batch.run(llm, write, progress=is_shown)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     for line in errors.lines():
