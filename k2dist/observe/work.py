@@ -29,6 +29,7 @@ def work_of(ranks: Iterable[RankProgress]) -> Work:
 
 def work_line(work: Work, pace: Pace) -> str:
     """The rate and the time left once they can be told."""
-    text = f"{work.what} {work.done / 1e9:.2f} of {work.total / 1e9:.2f} GB"
+    unit, size, digits = ("GB", 1e9, 2) if work.total >= 1e9 else ("MB", 1e6, 1)
+    text = f"{work.what} {work.done / size:.{digits}f} of {work.total / size:.{digits}f} {unit}"
     rate, eta_s = pace.per_s, pace.eta_s(work.total)
     return text if rate is None or eta_s is None else f"{text}, {rate / 1e9:.2f} GB/s, {eta_s:.0f} s left"

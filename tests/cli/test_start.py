@@ -39,6 +39,7 @@ def test_what_is_loaded_is_said_with_rate_and_time_left_once_known() -> None:
     pace.note(20 * 10**9, 110.0)
     work = Work("tested", 20 * 10**9, 80 * 10**9)
     assert work_line(work, pace) == "tested 20.00 of 80.00 GB, 2.00 GB/s, 30 s left"
+    assert work_line(Work("tested", 0, 2_508_364), Pace()) == "tested 0.0 of 2.5 MB"
 
 
 def test_ranks_are_tested_together_once_all_have_loaded() -> None:
