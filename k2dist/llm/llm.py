@@ -36,6 +36,8 @@ _WAIT_S = 0.05  # for the next event of any lane
 # its turn behind a longer one, and the lanes go on meanwhile.
 _WINDOW = 4
 
+_SAID = {"num_outputs": "sampling.n", "max_tokens": "sampling.max_tokens"}  # what lanes call otherwise
+
 
 class LLM:
     """A model, loaded and ready. `close` it, or use it as a context; left open it ends with the interpreter.
@@ -235,7 +237,7 @@ class _Pending:
         try:
             self.generated = feed.put(self.request, lane)
         except RequestError as error:
-            self.error = error
+            self.error = RequestError(_SAID.get(error.field, error.field), error.message)
         return True
 
 

@@ -158,7 +158,7 @@ def test_loading_is_shown_when_asked_for(
         ("x", SamplingParams(max_tokens=PAGE_TOKENS * NUM_PAGES), "sampling.max_tokens"),
         ("x", SamplingParams(logit_bias={512: 1.0}), "sampling.logit_bias"),
         ("x", SamplingParams(stop_token_ids=[512]), "sampling.stop_token_ids[0]"),
-        ("x", SamplingParams(n=LIMITS.max_waiting + 1, max_tokens=1), "num_outputs"),
+        ("x", SamplingParams(n=LIMITS.max_waiting + 1, max_tokens=1), "sampling.n"),
     ],
 )
 def test_a_prompt_fails_alone_and_names_its_field(
