@@ -166,9 +166,7 @@ def test_a_short_sequence_has_company_or_not_on_any_number_of_threads(
     page_R1, length_R = torch.arange(5)[:, None], torch.tensor([64, 1, 33, 64, 2])
 
     def decode(rows: slice) -> Tensor:
-        return mla_decode.reference(
-            q_RHD[rows], cache_CD, page_R1[rows], 64, length_R[rows], latent, SCALE
-        )
+        return mla_decode.reference(q_RHD[rows], cache_CD, page_R1[rows], 64, length_R[rows], latent, SCALE)
 
     together = decode(slice(0, 5))
     assert torch.equal(torch.cat([decode(slice(i, i + 1)) for i in range(5)]), together)
