@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from k2dist.bench.scheduler import CASES, NUM_STEPS, SchedulerCost, measure
+from k2dist.cli.bench_bits import bits
+from k2dist.cli.bench_offline import offline
 
 bench = typer.Typer(help="Measure parts of the system on this machine.", no_args_is_help=True)
-
-
-@bench.callback()
-def _bench() -> None:
-    """A group, also while it has one command."""
+bench.command()(bits)
+bench.command()(offline)
 
 
 @bench.command()
