@@ -137,14 +137,15 @@ def _cost(
     world: BitsWorld, orders: Sequence[Order], step: str, batch: Batch, num_turns: int, offs: Sequence[float]
 ) -> BitsCost:
     sent = [_sent(world, order, batch) for order in orders]  # the first step of each warms it up
-    times_ms: list[list[float]] = []
-    for _ in range(num_turns):
-        times_ms.append([_time_ms(world, order, batch) for order in orders])
+    times_ms: list[dict[int, float]] = []
+    for turn in range(num_turns):
+        places = [(turn + i) % len(orders) for i in range(len(orders))]  # nobody is always first
+        times_ms.append({i: _time_ms(world, orders[i], batch) for i in places})
     costs = tuple(
         OrderCost(
             order=order.name,
-            step_ms=median(turn[i] for turn in times_ms),
-            same_bits_ratio=median(turn[0] / turn[i] for turn in times_ms),
+            step_ms=median(took_ms[i] for took_ms in times_ms),
+            same_bits_ratio=median(took_ms[0] / took_ms[i] for took_ms in times_ms),
             lane_bytes=sent[i].lane_bytes,
             expert_bytes=sent[i].expert_bytes,
             off=offs[i],
