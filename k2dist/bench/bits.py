@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -110,9 +111,8 @@ def measure(
         costs = []
         with BitsWorld(model_dir, layout, chosen, num_places=places) as world:
             for number, ((step, batch), off) in enumerate(zip(cases, offs, strict=True)):
-                show(number * num_turns, len(cases) * num_turns)
-                costs.append(_cost(world, orders, step, batch, num_turns, off))
-            show(len(cases) * num_turns, len(cases) * num_turns)
+                turns = (number * num_turns, len(cases) * num_turns)
+                costs.append(_cost(world, orders, step, batch, num_turns, off, partial(_tell, show, *turns)))
     return BitsReport(
         model=str(model_dir),
         kernels=chosen.name,
@@ -133,14 +133,25 @@ def _cases(
     return [("prompt", prompt_batch(prompt_rows, CONTEXT, tp, vocab_size)), *decodes]
 
 
+def _tell(show: Show, done: int, total: int, num_turns: int) -> None:
+    show(done + num_turns, total)
+
+
 def _cost(
-    world: BitsWorld, orders: Sequence[Order], step: str, batch: Batch, num_turns: int, offs: Sequence[float]
+    world: BitsWorld,
+    orders: Sequence[Order],
+    step: str,
+    batch: Batch,
+    num_turns: int,
+    offs: Sequence[float],
+    tell: Callable[[int], None],
 ) -> BitsCost:
     sent = [_sent(world, order, batch) for order in orders]  # the first step of each warms it up
     times_ms: list[dict[int, float]] = []
     for turn in range(num_turns):
         places = [(turn + i) % len(orders) for i in range(len(orders))]  # nobody is always first
         times_ms.append({i: _time_ms(world, orders[i], batch) for i in places})
+        tell(turn + 1)
     costs = tuple(
         OrderCost(
             order=order.name,

@@ -84,7 +84,7 @@ def measure(
     batches: Sequence[int] = (1, 8, 32),
     show: Show = lambda done, total: None,
 ) -> OfflineReport:
-    """`show(tokens done, tokens in all)`. UsageError: a count out of range, or beyond the context."""
+    """`show(tokens decoded, tokens in all)`. UsageError: a count out of range, or beyond the context."""
     architecture = read_architecture(model_dir)
     layout = first_layout(architecture, lanes=lanes, tp=tp)
     _check(prompt_len, decode_tokens, batches)
@@ -111,17 +111,13 @@ def measure(
         step_deadline_s=600.0,
         retain_s=0.0,
     )
-    total = (1 + sum(batches)) * (prompt_len + decode_tokens)
+    total = (1 + sum(batches)) * decode_tokens
     with world:
-        bench = _Bench(world, architecture, prompt_len, decode_tokens, max_tokens)
+        bench = _Bench(
+            world, architecture, prompt_len, decode_tokens, max_tokens, lambda done: show(done, total)
+        )
         bench.run(1)  # first calls are slow: allocators, threads, the pages of the weights
-        done = prompt_len + decode_tokens
-        runs = []
-        for batch in batches:
-            show(done, total)
-            runs.append(bench.run(batch))
-            done += batch * (prompt_len + decode_tokens)
-        show(done, total)
+        runs = [bench.run(batch) for batch in batches]
         peak_rss_bytes, pss_bytes = _peak_rss_bytes(), process.memory_full_info().pss
     read_bytes_per_s = read_bandwidth()
     checkpoint_bytes = sum(tensor.num_bytes for tensor in published_tensors(architecture))
@@ -177,6 +173,7 @@ class _Bench:
         prompt_len: int,
         decode_tokens: int,
         max_tokens: int,
+        tell: Callable[[int], None],
     ) -> None:
         self._world = world
         self._architecture = architecture
@@ -185,25 +182,32 @@ class _Bench:
         self._sampling = Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         self._rng = Random(0)
         self._num_requests = 0
+        self._tell = tell
+        self._num_decoded = 0  # of all batches so far
 
     def run(self, batch: int) -> _Run:
         ports = self._world.ports
         feed = Feed(ports, lane_outputs=batch)
         started_s = time.perf_counter()
         outputs = [feed.put(self._request(), number % len(ports))[0] for number in range(batch)]
-        self._wait(feed, lambda: all(output.token_ids for output in outputs))
+        while not all(output.token_ids for output in outputs):
+            self._step(feed)
         began_s, before, load = time.perf_counter(), self._world.ranks[0].stats(), self._load()
         num_before = _num_tokens(outputs)
-        self._wait(feed, lambda: _num_tokens(outputs) >= num_before + batch * self._decode_tokens)
+        wanted = batch * self._decode_tokens
+        while (num_decoded := _num_tokens(outputs) - num_before) < wanted:
+            self._tell(self._num_decoded + num_decoded)
+            self._step(feed)
         ended_s, after, load_after = time.perf_counter(), self._world.ranks[0].stats(), self._load()
         assert len(feed) == batch, "a sequence ended before the others had decoded"
-        num_after = _num_tokens(outputs)
         feed.cancel()
+        self._num_decoded += wanted
+        self._tell(self._num_decoded)
         return _Run(
             batch=batch,
             num_prompt_tokens=batch * self._prompt_len,
             prompt_s=began_s - started_s,
-            num_decoded=num_after - num_before,
+            num_decoded=num_decoded,
             decode_s=ended_s - began_s,
             before=before,
             after=after,
@@ -221,11 +225,10 @@ class _Bench:
             request_id=RequestId(f"bench-{self._num_requests}"), prompt=prompt, sampling=self._sampling
         )
 
-    def _wait(self, feed: Feed, is_there: Callable[[], bool]) -> None:
-        while not is_there():
-            feed.wait(_WAIT_S)
-            if any(port.has_failed for port in self._world.ports):
-                self._world.raise_failure()
+    def _step(self, feed: Feed) -> None:
+        feed.wait(_WAIT_S)
+        if any(port.has_failed for port in self._world.ports):
+            self._world.raise_failure()
 
     def _load(self) -> list[list[int]]:
         """[moe layer][expert]: rows since the start, of all copies."""

@@ -52,7 +52,6 @@ class Setting(NamedTuple):
 
 SETTINGS = tuple(itertools.starmap(Setting, itertools.product(KERNELS, DTYPES, TPS)))
 NUM_EXPERTS, TOP_K = 16, 3
-PAGE_TOKENS = 16
 MANY_PAGES, FEW_PAGES = 128, 12
 NUM_KNOWN = 2  # tokens of an output that a recovery brings along
 
@@ -66,11 +65,13 @@ class Scenario:
     own_ranks: int = 0
     chunk_tokens: int = 24
     num_pages: int = MANY_PAGES  # per lane; few: requests are preempted and recomputed
+    page_tokens: int = 16
     tps: tuple[int, ...] = TPS
 
     def __str__(self) -> str:
         own = f"+{self.own_ranks}" if self.own_ranks else ""
-        return f"{self.lanes}x{self.expert_ranks}{own}-chunk{self.chunk_tokens}-pages{self.num_pages}"
+        pages = f"{self.num_pages}x{self.page_tokens}"
+        return f"{self.lanes}x{self.expert_ranks}{own}-chunk{self.chunk_tokens}-pages{pages}"
 
     def layout(self, tp: int, num_moe_layers: int) -> Layout:
         num_laned = self.lanes * tp
@@ -89,15 +90,15 @@ class Scenario:
         return Layout(tp=tp, ranks=tuple(map(place, range(num_laned + self.own_ranks))))
 
 
-ALONE = Scenario(lanes=1, expert_ranks=1)
+ALONE = Scenario(lanes=1, expert_ranks=1, chunk_tokens=64)
 SCENARIOS = (  # each number of lanes beside each of 1, 2, 4 ranks with experts, within all tp together
     Scenario(lanes=1, expert_ranks=1, chunk_tokens=11, tps=(1,)),
-    Scenario(lanes=1, expert_ranks=2, own_ranks=1, chunk_tokens=64, tps=(1, 4)),
+    Scenario(lanes=1, expert_ranks=2, own_ranks=1, num_pages=FEW_PAGES, tps=(1, 4)),
     Scenario(lanes=1, expert_ranks=4, own_ranks=4, num_pages=FEW_PAGES, tps=(1, 2)),
     Scenario(lanes=2, expert_ranks=1, chunk_tokens=13, tps=(1, 2)),
-    Scenario(lanes=2, expert_ranks=2, num_pages=FEW_PAGES, tps=(1, 4)),
-    Scenario(lanes=2, expert_ranks=4, own_ranks=1, chunk_tokens=64, tps=(2,)),
-    Scenario(lanes=4, expert_ranks=1, chunk_tokens=64, tps=(1,)),
+    Scenario(lanes=2, expert_ranks=2, chunk_tokens=64, tps=(1, 4)),
+    Scenario(lanes=2, expert_ranks=4, own_ranks=1, chunk_tokens=64, page_tokens=64, tps=(2,)),
+    Scenario(lanes=4, expert_ranks=1, chunk_tokens=64, page_tokens=64, tps=(1,)),
     Scenario(lanes=4, expert_ranks=2, chunk_tokens=17, tps=(1, 2)),
     Scenario(lanes=4, expert_ranks=4, tps=(1, 4)),
 )
@@ -108,23 +109,22 @@ def prompt(number: int, num_tokens: int) -> tuple[int, ...]:
 
 
 def probes() -> list[Request]:
-    """Prompts of one token, of a tile less one, of just a tile, of more; sampled in as many ways."""
+    """Prompts of one token, of less than a tile of keys, of just one, of more; sampled in as many ways."""
     samplings = (
         (1, Sampling(temperature=0.0, logprobs=5)),
         (79, Sampling(temperature=0.8, top_p=0.9, seed=11, logprobs=5)),
         (33, Sampling(temperature=1.2, repetition_penalty=1.3, frequency_penalty=0.4, seed=5, logprobs=5)),
-        (63, Sampling(temperature=0.0, presence_penalty=0.7, logit_bias={17: 2.0}, logprobs=20)),
+        (64, Sampling(temperature=0.0, presence_penalty=0.7, logit_bias={17: 2.0}, logprobs=20)),
         (40, Sampling(temperature=1.0, top_k=20, min_p=0.01, seed=2**63, logprobs=0, prompt_logprobs=3)),
-        (64, Sampling(temperature=0.9, seed=3, logprobs=5)),
     )
     return [request(number, *how, max_tokens=4) for number, how in enumerate(samplings)]
 
 
 def fillers() -> list[Request]:
-    """27 others, many of which soon need a page more: together with the probes there are 33."""
+    """28 others, many of which soon need a page more: together with the probes there are 33."""
     return [
         request(number, (15, 3, 31, 14, 8)[number % 5], Sampling(seed=number, logprobs=1), max_tokens=4)
-        for number in range(6, 33)
+        for number in range(5, 33)
     ]
 
 
@@ -177,7 +177,7 @@ class Case:
                 max_running=33,
                 max_waiting=64,
             ),
-            page_tokens=PAGE_TOKENS,
+            page_tokens=scenario.page_tokens,
             num_pages=scenario.num_pages,
             kernels=self.setting.kernels,
             dtype=self.setting.dtype,
