@@ -41,9 +41,7 @@ def num_notes(num_samples: int) -> int:
     return 2 * _NUM_WINDOWS + num_samples + num_samples + 2 * _NUM_WINDOWS + _NUM_WINDOWS
 
 
-def measure(
-    world: World, *, num_samples: int, window_s: float, stage: Callable[[str], None], note: Callable[[], None]
-) -> Latency:
+def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[], None]) -> Latency:
     """UsageError: a count out of range. Errors of a start: as `start_cluster`."""
     if num_samples < 1:
         raise UsageError(f"--samples={num_samples}: use at least 1")
@@ -54,19 +52,16 @@ def measure(
     host = start_host(config.ray, is_detached=False, deadline_s=config.deadlines.start_s)
     try:
         root_pid = host.process.mark.pid
-        stage("empty actors")
         with _joined(host.process.address), empty_actors(num_actors):
             time.sleep(_QUIET_S)
             actors = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
-        stage("the cluster starts")
         address = host.process.address
         with start_cluster(world, CoordinatorActor, ray_address=address, is_detached=False) as cluster:
             status = cluster.await_serving(lambda status: None)
-            stage("the cluster idles")
             time.sleep(_QUIET_S)
             idle = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
             lane = _actor(status.ranks[world.first_ranks()[0]].pid)
-            waits = _ask(world, status.address, lane, num_samples, window_s, stage, note)
+            waits = _ask(world, status.address, lane, num_samples, window_s, note)
             first, calls, following = asyncio.run(waits)
     finally:
         host.stop(config.deadlines.stop_s)
@@ -84,18 +79,14 @@ async def _ask(
     lane: Any,
     num_samples: int,
     window_s: float,
-    stage: Callable[[str], None],
     note: Callable[[], None],
 ) -> tuple[FirstToken, CallCost, NextToken]:
     async with AsyncClient(address) as client:
-        stage("first token")
         first = await first_token(client, num_samples, note)
-        stage("calls while it steps")
         async with decoding(client), decoding(client):
             await asyncio.sleep(SETTLE_S)
             admit, cancel = await asyncio.to_thread(call_waits, lane, num_samples, note)
             without, with_calls = await asyncio.to_thread(step_cost, lane, window_s, _NUM_WINDOWS, note)
-        stage("next token")
         prompt_len = 2 * world.config.scheduler.chunk_tokens
         following = await next_token(
             client, prompt_len=prompt_len, window_s=window_s, num_windows=_NUM_WINDOWS, note=note
