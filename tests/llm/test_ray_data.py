@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import psutil
+
+from k2dist.llm import SamplingParams
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "ray_data.py"
 # A Ray as small as it gets; the example's own `ray.data` calls then find it.
@@ -49,3 +53,15 @@ def test_the_example_answers_prompts_in_order(tiny_model_dir: Path, tmp_path: Pa
     good = [answer for answer in answers if answer["key"] != 2]
     assert all(answer["finish_reason"] in ("length", "stop") and not answer["error"] for answer in good)
     assert len({answer["text"] for answer in good if answer["prompt"] == "abc"}) == 1, "greedy"
+
+
+def test_a_batch_may_be_messages(tiny_model_dir: Path) -> None:
+    """The example's actor, without Ray round it."""
+    answer = runpy.run_path(str(EXAMPLE))["Answer"]
+    sampling = SamplingParams(temperature=0.0, max_tokens=3)
+    as_chat, as_text = (answer(str(tiny_model_dir), sampling, is_chat) for is_chat in (True, False))
+    batch = {"prompt": numpy.array(["abc", ""], dtype=object)}
+    (hello,) = as_chat._llm.chat([{"role": "user", "content": "abc"}], sampling=sampling)
+    assert as_chat(batch)["text"][0] == hello.text
+    assert as_chat(batch)["error"] == ["", ""]
+    assert [bool(error) for error in as_text(batch)["error"]] == [False, True]
