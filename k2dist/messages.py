@@ -24,6 +24,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end token, a stop id or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     ABORT = "abort"  # the client or an operator ended it
+    TIMEOUT = "timeout"  # the request's `timeout_s` has passed; `Event.error` says what to do
     ERROR = "error"  # k2dist could not go on; `Event.error` says why
 
 
@@ -75,7 +76,7 @@ class Request(Message, frozen=True, kw_only=True):
     num_outputs: int = 1
     tenant: str = ""
     priority: int = 0  # higher runs first
-    # From its admission to a lane; outputs that still run then end with ABORT and an error. None: no limit.
+    # From its admission to a lane; outputs that still run then end with TIMEOUT. None: no limit.
     timeout_s: float | None = None
     # Tokens already generated (recovery): output_index -> ids. They are known, and not emitted again.
     generated: dict[int, tuple[int, ...]] = {}
@@ -109,7 +110,7 @@ class Event(Message, frozen=True, kw_only=True, gc=False):
     finish: FinishReason | None = None
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     usage: Usage | None = None  # with `finish`: of this output alone
-    error: str = ""  # with FinishReason.ERROR; with ABORT, if it was not the client: its time is up
+    error: str = ""  # with FinishReason.ERROR or TIMEOUT
 
 
 class NewSequence(Message, frozen=True, kw_only=True):
@@ -209,3 +210,17 @@ class LiveRequest(Message, frozen=True, kw_only=True):
 
     request: Request
     outputs: tuple[LiveOutput, ...]
+
+
+class RankStats(Message, frozen=True, kw_only=True):
+    """Counters since the start; of this rank alone. Host and device work at the same time."""
+
+    world_rank: int
+    num_steps: int
+    num_tokens_sampled: int
+    step_s_total: float  # not asleep
+    host_s_total: float  # of it the step loop's: plan, agreement, batch, commit; not waiting for the device
+    device_s_total: float  # forward and sample, with what they wait for other ranks
+    num_rows_sent: int  # rows that left this rank for another rank's experts
+    num_bytes_sent: int
+    expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed

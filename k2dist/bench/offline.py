@@ -19,11 +19,11 @@ import torch
 
 from k2dist.bench.weight_floor import step_bytes, touched_experts
 from k2dist.config import Architecture, read_architecture
-from k2dist.engine import Feed, Generated, LocalWorld, RankStats
+from k2dist.engine import Feed, Generated, LocalWorld
 from k2dist.engine.kernels import select_kernels
 from k2dist.errors import UsageError
 from k2dist.ids import RequestId
-from k2dist.messages import Message, Request, Sampling
+from k2dist.messages import Message, RankStats, Request, Sampling
 from k2dist.parallel import first_layout
 from k2dist.parallel.published import published_tensors
 from k2dist.scheduler import Limits

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
-from k2dist.messages import Message, ToolCall
+from k2dist.messages import Message, RankStats, ToolCall
 from k2dist.parallel import RankPlace
-
-if TYPE_CHECKING:
-    from k2dist.engine import RankStats
 
 
 class TalkReport(Message, frozen=True, kw_only=True):

@@ -16,10 +16,19 @@ import ray
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import UnavailableError
 from k2dist.ids import RequestId, WorldRank
-from k2dist.messages import AdmitReply, EventBatch, LaneLoad, LiveRequest, Message, RankProgress, Request
+from k2dist.messages import (
+    AdmitReply,
+    EventBatch,
+    LaneLoad,
+    LiveRequest,
+    Message,
+    RankProgress,
+    RankStats,
+    Request,
+)
 
 if TYPE_CHECKING:  # torch comes with these, and reads its number of threads when it is imported
-    from k2dist.engine import LanePort, RankRuntime, RankStats
+    from k2dist.engine import LanePort, RankRuntime
 
 # Threads of each concurrency group, besides the default one. A long poll holds one of "events" for seconds;
 # one poll at a time is served, and those that a dead coordinator left behind.

@@ -13,7 +13,7 @@ from k2dist.cluster.placement import bundle_of
 from k2dist.cluster.rank_actor import THREADS, RankActor, RankProcess
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.ids import LaneId, WorldRank
-from k2dist.messages import RankProgress
+from k2dist.messages import RankProgress, RankStats
 from k2dist.supervision import (
     Died,
     Failed,
@@ -90,8 +90,8 @@ class RankProcesses:
         except RayError:
             return
 
-    async def stats(self) -> tuple[Any, ...]:
-        """`engine.RankStats` of every rank, in rank order."""
+    async def stats(self) -> tuple[RankStats, ...]:
+        """Of every rank, in rank order."""
         refs = [actor.stats.remote() for actor in self._in_order()]
         return tuple([await ref for ref in refs])
 

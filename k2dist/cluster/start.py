@@ -26,6 +26,7 @@ from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import CapacityError, PeerError, UnavailableError
+from k2dist.messages import RankStats
 
 _POLL_S = 0.5  # between two looks at a cluster that does not change
 _HOST_STOP_S = 10.0  # for Ray's own processes to end in order
@@ -64,9 +65,9 @@ class Cluster:
             revision = status.revision
             yield status
 
-    def rank_stats(self) -> tuple[Any, ...]:
-        """`engine.RankStats` of every rank, in rank order."""
-        stats: tuple[Any, ...] = self._answer(self._actor.rank_stats.remote(), 0.0)
+    def rank_stats(self) -> tuple[RankStats, ...]:
+        """Of every rank, in rank order."""
+        stats: tuple[RankStats, ...] = self._answer(self._actor.rank_stats.remote(), 0.0)
         return stats
 
     @property

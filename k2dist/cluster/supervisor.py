@@ -27,7 +27,7 @@ from k2dist.cluster.status import ClusterStatus, RankStatus
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import K2Error
 from k2dist.ids import Generation, WorldRank
-from k2dist.messages import RankProgress
+from k2dist.messages import RankProgress, RankStats
 from k2dist.supervision import (
     Action,
     Beat,
@@ -117,8 +117,8 @@ class Supervisor:
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
         return await self.status()
 
-    async def rank_stats(self) -> tuple[Any, ...]:
-        """`engine.RankStats` of every rank."""
+    async def rank_stats(self) -> tuple[RankStats, ...]:
+        """Of every rank, in rank order."""
         return await self._ranks.stats()
 
     # -- the table -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ here knows of Ray, gRPC or HTTP.
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import LocalWorld
-from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec, RankStats
+from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec
 
 __all__ = [
     "Bells",
@@ -19,5 +19,4 @@ __all__ = [
     "RankComms",
     "RankRuntime",
     "RankSpec",
-    "RankStats",
 ]

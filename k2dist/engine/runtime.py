@@ -39,7 +39,7 @@ from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.steps import Model, Step, Steps
 from k2dist.ids import Generation
-from k2dist.messages import Message, StepPlan
+from k2dist.messages import Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
@@ -89,20 +89,6 @@ class LoadReport(Message, frozen=True, kw_only=True):
     num_bytes: int
     load_s: float
     self_test: SelfTestReport
-
-
-class RankStats(Message, frozen=True, kw_only=True):
-    """Counters since the start; of this rank alone. Host and device work at the same time."""
-
-    world_rank: int
-    num_steps: int
-    num_tokens_sampled: int
-    step_s_total: float  # not asleep
-    host_s_total: float  # of it the step loop's: plan, agreement, batch, commit; not waiting for the device
-    device_s_total: float  # forward and sample, with what they wait for other ranks
-    num_rows_sent: int  # rows that left this rank for another rank's experts
-    num_bytes_sent: int
-    expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ _WAIT_S = 0.05  # for the next event of any lane
 # its turn behind a longer one, and the lanes go on meanwhile.
 _WINDOW = 4
 
-_SAID = {"num_outputs": "sampling.n", "max_tokens": "sampling.max_tokens"}  # what lanes call otherwise
+_SAID = {"num_outputs": "sampling.n"}  # what lanes call otherwise
 
 
 class LLM:

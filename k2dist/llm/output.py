@@ -105,7 +105,7 @@ def _completion(output: Generated, prompt: Prompt, sampling: Sampling, prepare: 
     answer = collect((*reader.push(output.token_ids), *reader.finish(is_cut=is_cut)))
     if output.finish is FinishReason.LENGTH:
         finish: Finish = "length"
-    elif output.finish is FinishReason.ABORT:  # nobody else ends what is given back
+    elif output.finish is FinishReason.TIMEOUT:
         finish = "timeout"
     else:
         finish = "tool_calls" if reader.num_calls > 0 else "stop"

@@ -16,7 +16,7 @@ Rules that others rely on:
 - A page is shared only when the step that filled it is committed: a prefix hit is of what is computed.
 - The token that ends an output (end token, stop id, last one of a stop string) is one of its tokens and is
   in its events, so that positions are gapless and a log can be rebuilt; whoever makes text drops it.
-- Whoever runs out of time ends with FinishReason.ABORT and an error that says so; a client's abort has none.
+- Whoever runs out of time ends with FinishReason.TIMEOUT and an error that says so.
 """
 
 from __future__ import annotations
@@ -109,16 +109,15 @@ class Scheduler:
         """
         if is_spoiled:
             self._roster.pool.forget_prefixes()
-        return self._cut_off(request_id, "")
+        return self._cut_off(request_id, End(FinishReason.ABORT))
 
     def expire(self, now_s: float) -> tuple[Event, ...]:
         """End the requests whose time is up. `commit` does; a caller may in between, when no step comes."""
         events: list[Event] = []
         for request_id in self._deadlines.due(now_s):
             timeout_s = self._outputs[request_id][0].request.timeout_s
-            events += self._cut_off(
-                request_id, f"its timeout_s={timeout_s:g} has passed; allow more, or ask less"
-            )
+            error = f"its timeout_s={timeout_s:g} has passed; allow more, or ask less"
+            events += self._cut_off(request_id, End(FinishReason.TIMEOUT, error=error))
         return tuple(events)
 
     def lose_pages(self) -> None:
@@ -224,12 +223,12 @@ class Scheduler:
         place = rank(now_s, request.priority, number, self._limits.ageing_s)
         return Sequence.begin(SeqId(number), request, output_index, place, self._rules)
 
-    def _cut_off(self, request_id: RequestId, error: str) -> tuple[Event, ...]:
+    def _cut_off(self, request_id: RequestId, end: End) -> tuple[Event, ...]:
         """End the outputs of a request that go on, if it does."""
         events = []
         for seq in self._outputs.pop(request_id, ()):
             if seq.end is None:
-                seq.end = End(FinishReason.ABORT, error=error)
+                seq.end = end
                 self._roster.remove(seq)
                 events.append(seq.event(len(seq.generated)))
         self._deadlines.discard(request_id)

@@ -26,7 +26,7 @@ def refuse_impossible(request: Request, limits: Limits, pages: PagePool, max_pos
             "prompt", f"{prompt_len} tokens leave no room in a context of {max_positions}; shorten it"
         )
     if max_tokens < 1:
-        raise RequestError("max_tokens", f"{max_tokens}: ask for at least 1")
+        raise RequestError("sampling.max_tokens", f"{max_tokens}: ask for at least 1")
     if not 1 <= request.num_outputs <= limits.max_waiting:
         raise RequestError("num_outputs", f"{request.num_outputs}: use 1 to {limits.max_waiting}")
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
@@ -46,7 +46,7 @@ def _refuse_unfitting(prompt_len: int, max_new: int, pages: PagePool) -> None:
     if num_pages > pages.num_pages:
         prompt_fits = pages.pages_for(prompt_len + 1) <= pages.num_pages
         raise RequestError(
-            "max_tokens" if prompt_fits else "prompt",
+            "sampling.max_tokens" if prompt_fits else "prompt",
             f"{prompt_len} prompt tokens + {max_new} to generate = {prompt_len + max_new} tokens need "
             f"{num_pages} pages of {pages.page_tokens}, and the lane has {pages.num_pages}; ask for less, "
             f"or raise cache.num_pages",

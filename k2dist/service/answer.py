@@ -36,6 +36,7 @@ _ENDS = {
     FinishReason.STOP: AnswerEnd.STOP,
     FinishReason.LENGTH: AnswerEnd.LENGTH,
     FinishReason.ABORT: AnswerEnd.ABORTED,
+    FinishReason.TIMEOUT: AnswerEnd.TIMEOUT,
 }
 
 
@@ -71,8 +72,7 @@ class Answer:
         if event.finish is FinishReason.ERROR:
             events.append(_failed(event))
         elif event.finish is not None:
-            is_late = event.finish is FinishReason.ABORT and bool(event.error)
-            events.append(self._finished(event, AnswerEnd.TIMEOUT if is_late else _ENDS[event.finish]))
+            events.append(self._finished(event, _ENDS[event.finish]))
         return tuple(events)
 
     def _finished(self, event: Event, end: AnswerEnd) -> Finished:

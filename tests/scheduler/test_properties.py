@@ -118,8 +118,8 @@ def check_answers(lane, request: Request, solo_answer, *, may_be_cut: bool) -> N
     """All outputs are what they are alone; one that was cut off, or ran out of time, its beginning."""
     for index in range(request.num_outputs):
         got, alone = lane.answers[request.request_id, index], solo_answer(request, index, MAX_POSITIONS)
-        if got.finish is FinishReason.ABORT:
-            assert may_be_cut or "timeout_s" in got.error
+        if got.finish in (FinishReason.ABORT, FinishReason.TIMEOUT):
+            assert may_be_cut if got.finish is FinishReason.ABORT else "timeout_s" in got.error
             assert request.timeout_s is not None or not got.error
             assert got.token_ids == alone.token_ids[: len(got.token_ids)]
             assert len(got.token_ids) < len(alone.token_ids)

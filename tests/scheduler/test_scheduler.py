@@ -342,8 +342,8 @@ def test_a_request_ends_when_its_time_is_up_and_says_so(fake_lane) -> None:
     events = lane.commit()
     ends = [event for event in events if event.finish]
     assert [(event.request_id, event.output_index, event.finish) for event in ends] == [
-        ("r", 0, FinishReason.ABORT),
-        ("r", 1, FinishReason.ABORT),
+        ("r", 0, FinishReason.TIMEOUT),
+        ("r", 1, FinishReason.TIMEOUT),
     ]
     assert ends[0].error == "its timeout_s=5 has passed; allow more, or ask less"
     assert [len(lane.answers["r", index].token_ids) for index in (0, 1)] == [3, 3], "the last step counts"
@@ -356,7 +356,7 @@ def test_time_runs_out_also_while_no_step_comes(fake_lane) -> None:
     lane.add(request("waits", timeout_s=1.0))
     assert lane.scheduler.expire(0.9) == ()
     (event,) = lane.scheduler.expire(1.0)
-    assert (event.finish, event.token_ids) == (FinishReason.ABORT, ())
+    assert (event.finish, event.token_ids) == (FinishReason.TIMEOUT, ())
     assert lane.scheduler.expire(1.0) == ()
     assert not lane.scheduler.has_work
 
