@@ -94,13 +94,13 @@ ALONE = Scenario(lanes=1, expert_ranks=1, chunk_tokens=64)
 SCENARIOS = (  # each number of lanes beside each of 1, 2, 4 ranks with experts, within all tp together
     Scenario(lanes=1, expert_ranks=1, chunk_tokens=11, tps=(1,)),
     Scenario(lanes=1, expert_ranks=2, own_ranks=1, num_pages=FEW_PAGES, tps=(1, 4)),
-    Scenario(lanes=1, expert_ranks=4, own_ranks=4, num_pages=FEW_PAGES, tps=(1, 2)),
+    Scenario(lanes=1, expert_ranks=4, own_ranks=4, num_pages=FEW_PAGES, tps=(2,)),
     Scenario(lanes=2, expert_ranks=1, chunk_tokens=13, tps=(1, 2)),
     Scenario(lanes=2, expert_ranks=2, chunk_tokens=64, tps=(1, 4)),
     Scenario(lanes=2, expert_ranks=4, own_ranks=1, chunk_tokens=64, page_tokens=64, tps=(2,)),
     Scenario(lanes=4, expert_ranks=1, chunk_tokens=64, page_tokens=64, tps=(1,)),
     Scenario(lanes=4, expert_ranks=2, chunk_tokens=17, tps=(1, 2)),
-    Scenario(lanes=4, expert_ranks=4, tps=(1, 4)),
+    Scenario(lanes=4, expert_ranks=4, tps=(4,)),
 )
 
 
