@@ -195,7 +195,7 @@ class Tiles:
 
 
 def choose_tiles(num_heads: int, dtype: torch.dtype) -> Tiles:
-    """More heads, longer parts: the sums of one are written and read once, 2 KB a head, beside 1,152 a key."""
+    """More heads, longer parts: a part's sums are written and read once, 2 KB a head, beside 1,152 a key."""
     if dtype == torch.float32:
         return Tiles(16, 32, 512, True, 4, 1)
     if num_heads <= 16:
