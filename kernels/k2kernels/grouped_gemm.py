@@ -233,7 +233,7 @@ class Case:
     K: int
 
 
-CASES = [Case(M=m, e=24, N=n, K=k) for m in (0, 8, 512, 8192) for n, k in ((4096, 7168), (7168, 2048))]
+CASES = [Case(M=m, e=24, N=n, K=k) for m in (0, 8, 24, 384, 8192) for n, k in ((4096, 7168), (7168, 2048))]
 
 
 def cost(case: Case) -> Cost:

@@ -295,7 +295,7 @@ class Case:
     D: int = 576
 
 
-CASES = [Case(R=r, num_keys=s, H=h) for r in (0, 1, 64) for s in (1, 1024, 131072) for h in (8, 64)]
+CASES = [Case(R=r, num_keys=s, H=h) for r in (0, 1, 64) for s in (1, 4096, 32768, 131072) for h in (8, 64)]
 
 
 def cost(case: Case) -> Cost:
