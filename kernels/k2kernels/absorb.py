@@ -18,7 +18,7 @@ from torch import Tensor
 
 from k2kernels.arguments import FLOATS, check_tensor
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit
+from k2kernels.jit import OPTIONS, jit_varying
 from k2kernels.portable import dot, narrow
 from k2kernels.product import BFLOAT16, PLAIN_FLOAT32, Tiles, choose_tiles, piece_of_k
 from k2kernels.rows import TILE_ROWS, padded_rows
@@ -37,7 +37,7 @@ def reference(x_THK: Tensor, w_HKN: Tensor) -> Tensor:
     return y_THN
 
 
-@jit
+@jit_varying("T")
 def _absorb(
     x_ptr,
     w_ptr,

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.arguments import FLOAT32, check_tensor, require
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit
+from k2kernels.jit import OPTIONS, jit_varying
 from k2kernels.portable import narrow
 from k2kernels.product import WEIGHTS, Rows, Tiles, choose_tiles, piece_of_k, place_of, tile_product
 from k2kernels.rows import tiled_matmul
@@ -112,7 +112,7 @@ def _scales_by(row_block: int, part: StoredWeight) -> Tensor:
     return scale_nk[: -(-len(part.w_NK) // row_block)]
 
 
-@jit
+@jit_varying("T")
 def _linear(
     x_ptr,
     x_scale_ptr,

@@ -19,7 +19,7 @@ from k2kernels.act_quant import QuantisedRows
 from k2kernels.arguments import FLOAT32, INT64, check_tensor, require
 from k2kernels.cost import Cost
 from k2kernels.fp8_gemm import Linear, StoredWeight, prepare, prepare_stored
-from k2kernels.jit import OPTIONS, jit, next_power_of_2
+from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
 from k2kernels.portable import narrow
 from k2kernels.product import WEIGHTS, Rows, Tiles, choose_tiles, piece_of_k, place_of, tile_product
 from k2kernels.rows import tiled_matmul
@@ -89,7 +89,7 @@ def prepare_stacked(slots: Sequence[Sequence[StoredWeight]], num_outputs: int) -
     return StackedLinear((), num_outputs, first.block, w_eNK, scale_enk, first.row_block)
 
 
-@jit
+@jit_varying("most_tiles")
 def _grouped_linear(
     x_ptr,
     x_scale_ptr,

@@ -33,8 +33,9 @@ INTERPRETED = False  # for kernels: a constant of Triton's after the first launc
 class Kernel:
     """A function in Triton's language, called by other kernels or launched as `kernel[grid](...)`."""
 
-    def __init__(self, function: FunctionType) -> None:
+    def __init__(self, function: FunctionType, varies: tuple[str, ...] = ()) -> None:
         self.function = function
+        self.varies = varies
         self._jitted: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -47,7 +48,7 @@ class Kernel:
     def jitted(self) -> Any:
         """Triton's object for this function."""
         if self._jitted is None:
-            self._jitted = import_module("triton").jit(self.function)
+            self._jitted = import_module("triton").jit(self.function, do_not_specialize=list(self.varies))
             _bind(self.function.__globals__)
         return self._jitted
 
@@ -55,6 +56,19 @@ class Kernel:
 def jit(function: Callable[..., Any]) -> Kernel:
     assert isinstance(function, FunctionType), "a kernel is a plain function"
     return Kernel(function)
+
+
+def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """As `jit`. The integers called `names` change with the batch, and no value of theirs is compiled for.
+
+    Else Triton would compile once more for 1 and for multiples of 16, in the middle of serving.
+    """
+
+    def kernel(function: Callable[..., Any]) -> Kernel:
+        assert isinstance(function, FunctionType), "a kernel is a plain function"
+        return Kernel(function, names)
+
+    return kernel
 
 
 def _bind(scope: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from k2kernels.arguments import FLOATS, INT64, check_tensor, require
 from k2kernels.attend import LOG2_E, TILE_KEYS, attend, num_tiles, read_pages, rows_of_keys
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit, next_power_of_2
+from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
 from k2kernels.portable import dot, narrow
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def reference(
     return out_RHL
 
 
-@jit
+@jit_varying("num_parts", "page_stride")
 def _attend_part(
     q_ptr,
     cache_ptr,
@@ -148,7 +148,7 @@ def _attend_part(
     tl.store(found_at, found, mask=is_h[:, None] & (l_L < LATENT)[None, :])
 
 
-@jit
+@jit_varying("num_parts")
 def _merge_parts(
     found_ptr,
     largest_ptr,

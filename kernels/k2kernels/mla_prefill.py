@@ -23,7 +23,7 @@ from k2kernels import absorb
 from k2kernels.arguments import FLOATS, INT64, check_tensor, require
 from k2kernels.attend import LOG2_E, TILE_KEYS, attend, num_tiles, read_pages, rows_of_keys
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit, next_power_of_2
+from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
 from k2kernels.portable import dot, narrow
 from k2kernels.rows import TILE_ROWS, padded_rows
 
@@ -79,7 +79,7 @@ def _by_tile(x_SHD: Tensor) -> Tensor:
     return x_SHD.transpose(0, 1).reshape(num_heads, num_keys // TILE_KEYS, TILE_KEYS, width)
 
 
-@jit
+@jit_varying("end", "num_keys")
 def _decompress_keys(
     cache_ptr,
     page_ptr,
@@ -127,7 +127,7 @@ def _decompress_keys(
     tl.store(value_at, narrow(value_SV, value_ptr.dtype.element_ty), mask=(v_V < VALUE)[None, :])
 
 
-@jit
+@jit_varying("num_rows", "start", "num_keys")
 def _attend_prompt(
     q_ptr,
     cache_ptr,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2kernels.arguments import FLOAT32, FLOATS, check_tensor
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit
+from k2kernels.jit import OPTIONS, jit_varying
 from k2kernels.portable import dot, narrow
 from k2kernels.rows import tiled_matmul
 
@@ -27,7 +27,7 @@ def reference(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     return tiled_matmul(x_TD, w_ED)
 
 
-@jit
+@jit_varying("T")
 def _logits_part(
     x_ptr,
     w_ptr,
@@ -70,7 +70,7 @@ def _logits_part(
     tl.store(part_ptr + at, tl.trans(acc_ET), mask=(t_T < T)[:, None] & (e_E < E)[None, :])
 
 
-@jit
+@jit_varying("N")
 def _add_parts(part_ptr, y_ptr, N, num_parts, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.load(part_ptr + at, mask=at < N)
