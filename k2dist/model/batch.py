@@ -30,7 +30,10 @@ class PromptSegment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """See the module. All tensors int64. A decode row's table may be longer than its sequence needs."""
+    """See the module. All tensors int64, on the device of the rank's weights, whether there are rows or not.
+
+    A decode row's table may be longer than its sequence needs.
+    """
 
     token_T: Tensor
     position_T: Tensor
@@ -43,9 +46,9 @@ class Batch:
     sample_S: Tensor  # rows whose logits are wanted, in the order they are wanted
 
     @classmethod
-    def empty(cls, tp: int) -> Batch:
+    def empty(cls, tp: int, device: torch.device | None = None) -> Batch:
         """What an idle lane computes: nothing."""
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device=device)
         return cls(
             token_T=none,
             position_T=none,
@@ -61,6 +64,10 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.token_T)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_T.device
 
     def check(self) -> None:
         """Assert what only a bug of ours could break; a pass over the rows, for tests and debugging."""

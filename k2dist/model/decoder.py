@@ -51,7 +51,7 @@ def forward(
     x_SD = hidden(batch, weights, cache, lane, exchange, architecture, kernels, observer)
     num_rows = len(x_SD)
     if lane is None or weights.lane is None or num_rows == 0:
-        return torch.empty(0, architecture.vocab_size, dtype=torch.float32)
+        return torch.empty(0, architecture.vocab_size, dtype=torch.float32, device=batch.device)
     slice_rSv = lane.gather_rows(head(x_SD, weights.lane, kernels), [num_rows] * lane.size)
     return slice_rSv.view(lane.size, num_rows, -1).transpose(0, 1).flatten(1)
 
@@ -78,8 +78,8 @@ def hidden(
     """
     if lane is None or batch.num_rows == 0:
         for moe_layer, experts in enumerate(weights.experts):
-            serve(moe_layer, experts, exchange, architecture, kernels)
-        return torch.empty(0, architecture.hidden_size, dtype=kernels.dtype)
+            serve(moe_layer, experts, exchange, architecture, kernels, batch.device)
+        return torch.empty(0, architecture.hidden_size, dtype=kernels.dtype, device=batch.device)
     assert weights.lane is not None, "a rank of a lane has a lane's weights"
     assert cache is not None, "a rank of a lane has a cache"
     see = observer or _look_away
@@ -129,7 +129,8 @@ def _last_rows(h_tD: Tensor, weights: LaneWeights, step: LaneStep) -> Tensor:
     row_S, order_S = step.batch.sample_S.sort(stable=True)
     if len(row_S) == 0:
         return h_tD[:0]
-    owner_S = torch.searchsorted(torch.tensor(step.batch.shares).cumsum(0), row_S, right=True)
+    end_r = torch.tensor(step.batch.shares, device=row_S.device).cumsum(0)
+    owner_S = torch.searchsorted(end_r, row_S, right=True)
     own_s = row_S[owner_S == lane.rank] - step.first_row
     x_sD = step.kernels.rmsnorm(h_tD[own_s], weights.norm_D, step.architecture.rms_norm_eps)
     gathered_SD = lane.gather_rows(x_sD, owner_S.bincount(minlength=lane.size).tolist())

@@ -38,11 +38,16 @@ def moe(
 
 
 def serve(
-    moe_layer: int, experts: Experts, exchange: Exchange, architecture: Architecture, kernels: KernelSet
+    moe_layer: int,
+    experts: Experts,
+    exchange: Exchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+    device: torch.device,
 ) -> None:
     """Take part in a layer without rows of one's own. Collective."""
-    x_tD = torch.empty(0, architecture.hidden_size, dtype=kernels.dtype)
-    expert_tK = torch.empty(0, architecture.top_k, dtype=torch.int64)
+    x_tD = torch.empty(0, architecture.hidden_size, dtype=kernels.dtype, device=device)
+    expert_tK = torch.empty(0, architecture.top_k, dtype=torch.int64, device=device)
     through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
 
 

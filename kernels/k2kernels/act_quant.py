@@ -10,12 +10,19 @@ Source: DeepSeek-V3, inference/kernel.py, act_quant (arXiv:2412.19437, section 3
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from k2kernels.arguments import E4M3, FLOAT32, FLOATS, check_tensor, require
 from k2kernels.cost import Cost
+from k2kernels.e4m3 import e4m3_byte, group_scale
+from k2kernels.jit import OPTIONS, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4
@@ -56,6 +63,72 @@ def _grouped(x_TK: Tensor, block: int) -> Tensor:
     num_tokens, num_channels = x_TK.shape
     num_groups = -(-num_channels // block)
     return pad(x_TK, (0, num_groups * block - num_channels)).view(num_tokens, num_groups, block)
+
+
+@jit
+def _act_quant(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    x_stride,
+    q_stride,
+    scale_stride,
+    K,
+    amax_floor,
+    BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+    channel = tl.arange(0, TILE_BLOCK)
+    at = group[:, None] * BLOCK + channel[None, :]
+    is_in = (channel < BLOCK)[None, :] & (at < K)
+    x = tl.load(x_ptr + row * x_stride + at, mask=is_in, other=0.0).to(tl.float32)
+    scale = group_scale(x, amax_floor)
+    byte = e4m3_byte(tl.div_rn(x, scale[:, None]))
+    tl.store(q_ptr + row * q_stride + at, byte.to(tl.uint8), mask=is_in)
+    tl.store(scale_ptr + row * scale_stride + group, scale, mask=group * BLOCK < K)
+
+
+TILE_GROUPS = 8  # of 128: 8 channels a thread
+
+
+def launch(x_TK: Tensor, block: int) -> QuantisedRows:
+    """As `reference`, with the same bits."""
+    require(x_TK.dim() == 2, f"x_TK: {x_TK.dim()} axes, expected 2")
+    num_tokens, num_channels = x_TK.shape
+    q_TK = torch.empty(num_tokens, num_channels, dtype=torch.float8_e4m3fn, device=x_TK.device)
+    num_groups = -(-num_channels // block)
+    scale_Tk = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x_TK.device)
+    launch_into_(q_TK, scale_Tk, x_TK, block)
+    return QuantisedRows(q_TK, scale_Tk, block)
+
+
+def launch_into_(q_TK: Tensor, scale_Tk: Tensor, x_TK: Tensor, block: int) -> None:
+    """Quantise to where the rows are wanted; rows may lie apart."""
+    num_tokens, num_channels = x_TK.shape
+    num_groups = -(-num_channels // block)
+    check_tensor("x_TK", x_TK, (None, None), FLOATS, x_TK.device)
+    check_tensor("q_TK", q_TK, (num_tokens, num_channels), E4M3, x_TK.device)
+    check_tensor("scale_Tk", scale_Tk, (num_tokens, num_groups), FLOAT32, x_TK.device)
+    if num_tokens == 0:
+        return
+    _act_quant[num_tokens, -(-num_groups // TILE_GROUPS)](
+        x_TK,
+        q_TK.view(torch.uint8),
+        scale_Tk,
+        x_TK.stride(0),
+        q_TK.stride(0),
+        scale_Tk.stride(0),
+        num_channels,
+        SMALLEST_AMAX,
+        BLOCK=block,
+        TILE_BLOCK=next_power_of_2(block),
+        TILE_GROUPS=TILE_GROUPS,
+        num_warps=4,
+        **OPTIONS,
+    )
 
 
 @dataclass(frozen=True, slots=True)

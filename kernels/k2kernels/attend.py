@@ -8,12 +8,19 @@ exactly 0, and sums over tiles are not moved by zeros at their end.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from k2kernels.jit import jit
 from k2kernels.rows import exp_of_negative, padded_rows, tree_sum
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
 TILE_KEYS = 64
+LOG2_E = 1.4426950408889634  # kernels take powers of two
 
 
 def num_tiles(num_keys: int) -> int:
@@ -60,3 +67,32 @@ def read_pages(
     place_RS = page_RP[:, column_S] * page_tokens + position_S % page_tokens
     key_RSD = cache_CD[place_RS.masked_fill(~is_key_RS, 0)].float()
     return key_RSD.masked_fill(~is_key_RS[:, :, None], 0.0)
+
+
+@jit
+def rows_of_keys(
+    cache_ptr,
+    page_ptr,
+    first,
+    end,
+    page_tokens,
+    CACHE_STRIDE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    IN_ONE_PAGE: tl.constexpr,
+):
+    """Pointers [TILE_KEYS, 1] to the cached rows of keys from `first` on, and which keys are before `end`.
+
+    `IN_ONE_PAGE`: TILE_KEYS divides `page_tokens` and `first`. One address then serves for all rows, where a
+    gather keeps 64 bits for every 16 bytes that a thread copies. No table entry from `end` on is read.
+    """
+    j_J = tl.arange(0, TILE_KEYS)
+    is_key_J = first + j_J < end
+    if IN_ONE_PAGE:
+        page = tl.load(page_ptr + first // page_tokens, mask=first < end, other=0)
+        row = cache_ptr + (page * page_tokens + first % page_tokens) * CACHE_STRIDE
+        row_J1 = row + j_J[:, None] * CACHE_STRIDE
+    else:
+        position_J = first + j_J
+        page_J = tl.load(page_ptr + position_J // page_tokens, mask=is_key_J, other=0)
+        row_J1 = cache_ptr + (page_J * page_tokens + position_J % page_tokens)[:, None] * CACHE_STRIDE
+    return row_J1, is_key_J

@@ -32,6 +32,7 @@ from k2kernels import (
     router_logits,
     router_topk,
     swiglu,
+    swiglu_quant,
     weighted_sum,
     wire,
 )
@@ -75,6 +76,7 @@ class KernelSet:
     rmsnorm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
+    swiglu_quant: Callable[[Tensor, int], QuantisedRows]
     pack: Callable[[Tensor, int | None], Tensor]
     unpack: Callable[[Tensor, int, int | None], Tensor | QuantisedRows]
 
@@ -111,9 +113,17 @@ class KernelSet:
             rmsnorm=rmsnorm.reference,
             rope=rope.reference,
             swiglu=swiglu.reference,
+            swiglu_quant=swiglu_quant.reference,
             pack=wire.pack,
             unpack=wire.unpack,
         )
+
+    @classmethod
+    def triton(cls, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
+        """Triton kernels for one CUDA device; see `triton_set`."""
+        from k2kernels.triton_set import triton_set  # it imports this file
+
+        return triton_set(dtype)
 
     def fingerprint(self) -> str:
         """Ranks whose fingerprints are equal give equal bits at equal tp."""
@@ -131,7 +141,8 @@ class KernelSet:
         self, x_TD: Tensor, gate_up: Linear, down: Linear, out_dtype: torch.dtype | None = None
     ) -> Tensor:
         """down(silu(gate x) * (up x))."""
-        return self.linear(self.swiglu(self.linear(x_TD, gate_up)), down, out_dtype)
+        middle = self._gated(self.linear(x_TD, gate_up), down.block)
+        return self.fp8_gemm(middle, down, out_dtype or self.dtype)
 
     def wire_pack(self, x_TD: Tensor, block: int | None) -> Tensor:
         """Rows for `Exchange.dispatch`; `block`: of the experts' scales, None if they have none."""
@@ -144,11 +155,16 @@ class KernelSet:
     def experts(self, x: Tensor | QuantisedRows, row_M: Tensor, counts_e: Tensor, w: Experts) -> Tensor:
         """Each pair's expert on its row of `x`: [M, D] in `return_dtype`. Pairs are sorted by slot."""
         h_MG = self.grouped_gemm(x[row_M], counts_e, w.gate_up, self.dtype)
-        a = self._quantised(self.swiglu(h_MG), w.down.block)
-        return self.grouped_gemm(a, counts_e, w.down, self.return_dtype)
+        middle = self._gated(h_MG, w.down.block)
+        return self.grouped_gemm(middle, counts_e, w.down, self.return_dtype)
 
     def _act_block(self, block: int | None) -> int | None:
         return block if self.quantises_activations else None
+
+    def _gated(self, h_TG: Tensor, block: int | None) -> Tensor | QuantisedRows:
+        """SwiGLU's middle, as a linear with scales of `block` takes it."""
+        act_block = self._act_block(block)
+        return self.swiglu(h_TG) if act_block is None else self.swiglu_quant(h_TG, act_block)
 
     def _quantised(self, x_TK: Tensor, block: int | None) -> Tensor | QuantisedRows:
         """Activations as a linear with scales of `block` takes them."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from k2kernels import fp8_gemm
 from k2kernels.cost import Cost
 from k2kernels.rows import tiled_matmul
 
@@ -23,6 +24,16 @@ def prepare(w_NK: Tensor) -> Tensor:
 
 def reference(x_TK: Tensor, w_NK: Tensor, out_dtype: torch.dtype) -> Tensor:
     return tiled_matmul(x_TK, w_NK).to(out_dtype)
+
+
+def prepare_stored(w_NK: Tensor) -> Tensor:
+    """The Triton kernels' layout: as it is, contiguous. Where x is bfloat16 too, the tensor core is used."""
+    return w_NK.contiguous()
+
+
+def launch(x_TK: Tensor, w_NK: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """As `reference`: the kernel of `fp8_gemm`, which takes weights without scales too."""
+    return fp8_gemm.launch(x_TK, fp8_gemm.StoredLinear(w_NK, None, None, 1), out_dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from k2kernels import act_quant
 from torch import Tensor
 
 from k2dist.checkpoint import load_shard
@@ -294,6 +295,9 @@ KERNEL_FAULTS: dict[str, tuple[str, str]] = {
 
 def run_self_test(model_dir: Path, dtype: str, **wrong: Callable[..., Tensor]) -> SelfTestReport:
     """World rank 0 of one, with some kernels replaced."""
+    if "swiglu" in wrong:  # what is served quantises in the same pass
+        one, two = wrong["swiglu"], act_quant.reference
+        wrong |= {"swiglu_quant": lambda h_TG, block: two(one(h_TG), block)}
     architecture = read_architecture(model_dir)
     layout = first_layout(architecture, lanes=1, tp=1)
     kernels = dataclasses.replace(select_kernels("reference", dtype), name="wrong", **wrong)
