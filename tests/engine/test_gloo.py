@@ -7,6 +7,7 @@ MODEL_DIR SKEWED_MODEL_DIR OUT.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -167,7 +168,8 @@ def brought(
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(store.port), str(w), *model_dirs, str(out / str(w))],
-            env={"OMP_NUM_THREADS": "1", "PATH": ""},
+            # The code of this checkout, whichever one is installed.
+            env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for w in range(NUM_RANKS)
     ]
