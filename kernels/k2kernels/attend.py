@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from k2kernels.rows import exp_of_negative, tree_sum
+from k2kernels.rows import exp_of_negative, padded_rows, tree_sum
 
 TILE_KEYS = 64
 
@@ -29,13 +29,21 @@ def attend(q_BQD: Tensor, key_BnJD: Tensor, value_BnJV: Tensor, seen_BnQJ: Tenso
     num_batches, num_queries, width = q_BQD.shape
     n, keys = key_BnJD.shape[1:3]
     q_NQD = q_BQD[:, None].expand(-1, n, -1, -1).reshape(num_batches * n, num_queries, width)
-    score_NQJ = torch.bmm(q_NQD, key_BnJD.flatten(0, 1).transpose(1, 2)) * scale
+    score_NQJ = _scores(q_NQD, key_BnJD.flatten(0, 1)) * scale
     score_BnQJ = score_NQJ.view(num_batches, n, num_queries, keys).masked_fill(~seen_BnQJ, -torch.inf)
     share_BnQJ = exp_of_negative(score_BnQJ - score_BnQJ.amax(dim=(1, 3), keepdim=True))
     total_BQ = tree_sum(share_BnQJ.transpose(1, 2).flatten(2), -1)
     part_NQV = torch.bmm(share_BnQJ.flatten(0, 1), value_BnJV.flatten(0, 1))
     part_BnQV = part_NQV.view(num_batches, n, num_queries, value_BnJV.shape[-1])
     return tree_sum(part_BnQV, 1) / total_BQ[:, :, None]
+
+
+def _scores(q_NQD: Tensor, key_NJD: Tensor) -> Tensor:
+    """q key^T of each pair. Never of one pair alone: MKL would share its D among threads, and the bits of a
+    short sequence would tell whether it had company.
+    """
+    num_pairs, at_least = len(q_NQD), max(len(q_NQD), 2)
+    return torch.bmm(padded_rows(q_NQD, at_least), padded_rows(key_NJD, at_least).transpose(1, 2))[:num_pairs]
 
 
 def read_pages(

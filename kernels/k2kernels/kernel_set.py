@@ -86,7 +86,11 @@ class KernelSet:
         )
         return cls(
             name="reference",
-            versions=(f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability()),
+            versions=(
+                f"torch {torch.__version__}",
+                torch.backends.cpu.get_cpu_capability(),
+                f"{torch.get_num_threads()} threads",  # a library may share one sum among them
+            ),
             dtype=dtype,
             cache_dtype=dtype,
             return_dtype=dtype,

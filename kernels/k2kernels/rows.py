@@ -33,12 +33,16 @@ _SMALLEST_EXPONENT = -87.0  # e^-87 is a normal float32; what lies below is give
 
 
 def tiled_matmul(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """x w^T in float32, [T, N], in products of exactly 16 rows. w: float32. T may be 0."""
+    """x w^T in float32, [T, N], in products of exactly 16 rows. w: float32. T may be 0.
+
+    The weights are the left factor. As the right one MKL shares K among threads, and a row's bits change with
+    their number, though never with its company (in 25 of 28 cases with K >= 1536; this way round in none of
+    K2's shapes). It is also the faster way, by 0 to 40%.
+    """
     y_TN = torch.empty(len(x_TK), len(w_NK), dtype=torch.float32, device=x_TK.device)
-    w_KN = w_NK.T
     for first in range(0, len(x_TK), TILE_ROWS):
         tile_IK = padded_rows(x_TK[first : first + TILE_ROWS].float(), TILE_ROWS)
-        y_TN[first : first + TILE_ROWS] = (tile_IK @ w_KN)[: len(x_TK) - first]
+        y_TN[first : first + TILE_ROWS] = (w_NK @ tile_IK.T.contiguous()).T[: len(x_TK) - first]
     return y_TN
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -31,3 +31,11 @@ def rows_stand_alone() -> RowsStandAlone:
                 assert torch.equal(bits(op(row_M)), whole[row_M]), f"{size} rows"
 
     return check
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """Call it to have torch use so many threads until the test's end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

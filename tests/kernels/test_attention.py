@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,3 +153,33 @@ def test_no_rows() -> None:
         torch.randn(H, L, V),
         SCALE,
     ).shape == (0, H, V)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_a_short_sequence_has_company_or_not_on_any_number_of_threads(
+    num_threads: int, with_threads: Callable[[int], None]
+) -> None:
+    """At K2's widths: one key tile alone was one product, which MKL shared among threads along its sum."""
+    with_threads(num_threads)
+    heads, latent, rope, unrotated = 8, 512, 64, 128
+    cache_CD, q_RHD = torch.randn(5 * 64, latent + rope), torch.randn(5, heads, latent + rope)
+    page_R1, length_R = torch.arange(5)[:, None], torch.tensor([64, 1, 33, 64, 2])
+
+    def decode(rows: slice) -> Tensor:
+        return mla_decode.reference(q_RHD[rows], cache_CD, page_R1[rows], 64, length_R[rows], latent, SCALE)
+
+    together = decode(slice(0, 5))
+    assert torch.equal(torch.cat([decode(slice(i, i + 1)) for i in range(5)]), together)
+
+    w_uk_HNL, w_uv_HLV = torch.randn(1, unrotated, latent) / 20, torch.randn(1, latent, unrotated) / 20
+    q_THD = torch.randn(70, 1, unrotated + rope)
+
+    def prefill(start: int, stop: int) -> Tensor:
+        return mla_prefill.reference(
+            q_THD[start:stop], cache_CD, torch.arange(2), 64, start, w_uk_HNL, w_uv_HLV, SCALE
+        )
+
+    whole = prefill(0, 70)
+    for cuts in ([1], [40], [63, 64, 65]):
+        spans = zip([0, *cuts], [*cuts, 70], strict=True)
+        assert torch.equal(torch.cat([prefill(a, b) for a, b in spans]), whole), cuts

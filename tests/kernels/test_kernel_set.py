@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 import k2kernels
 import pytest
@@ -86,6 +87,13 @@ def test_fingerprints_tell_sets_and_precisions_apart() -> None:
     assert torch.__version__ in SERVED.fingerprint()
     other = dataclasses.replace(SERVED, name="other")
     assert len({SERVED.fingerprint(), EXACT.fingerprint(), other.fingerprint()}) == 3
+
+
+def test_a_fingerprint_tells_the_number_of_threads(with_threads: Callable[[int], None]) -> None:
+    """Of the reference, whose products are a library's: it may share a sum among its threads."""
+    alone = KernelSet.reference().fingerprint()
+    with_threads(2)
+    assert KernelSet.reference().fingerprint() != alone
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
