@@ -28,6 +28,8 @@ from torch import Tensor
 
 from k2dist.comm.exchange import SLOT_BYTES, Dispatched, Exchange, Ticket
 from k2dist.comm.rows import from_bytes, to_bytes
+from k2dist.config import Architecture
+from k2dist.parallel import Layout
 
 # e^-16: how likely an even load may overflow its frame by chance. A step of K2 on 16 ranks fills 15,360
 # frames (60 layers, 16 x 16), each with rows and with pairs, so fewer than one in 250 is repeated.
@@ -58,6 +60,12 @@ class CapacityRule:
     factor: float
     top_k: int
     largest_share: float
+
+    @classmethod
+    def of(cls, architecture: Architecture, layout: Layout, factor: float) -> CapacityRule:
+        """For `layout`. Copies of an expert share its load, and yet each has room for all of it."""
+        most_slots = max(len(slots) for place in layout.ranks for slots in place.experts)
+        return cls(factor, architecture.top_k, most_slots / architecture.num_experts)
 
     def capacity(self, num_rows: int) -> Capacity:
         """`num_rows`: the most that any rank dispatches in this step."""
@@ -153,15 +161,6 @@ class PaddedExchange:
         place_RI = _places(is_there_RTK.flatten(1), room - 1)  # without room: any, it means nothing
         rank_1I = rank_TK.view(1, -1)
         return (rank_1I * room + place_RI.gather(0, rank_1I))[0]
-
-
-def bytes_per_layer(capacity: Capacity, *, num_ranks: int, top_k: int, row_bytes: int, out_bytes: int) -> int:
-    """That one rank sends to others in one layer, out and home; as `Exchange.num_bytes_sent` counts it.
-
-    `row_bytes`: of a row on the wire, `out_bytes`: of one expert's output.
-    """
-    frame_out = capacity.rows * (row_bytes + (top_k + 1) * SLOT_BYTES)
-    return (num_ranks - 1) * (frame_out + capacity.pairs * out_bytes)
 
 
 def _room(load: float) -> int:

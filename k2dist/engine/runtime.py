@@ -267,11 +267,8 @@ class RankRuntime:
                 epoch += 1
 
     def _padding(self) -> CapacityRule | None:
-        factor, layout = self._spec.capacity_factor, self._spec.layout
-        if factor is None:
-            return None
-        most_slots = max(len(slots) for place in layout.ranks for slots in place.experts)
-        return CapacityRule(factor, self._architecture.top_k, most_slots / self._architecture.num_experts)
+        factor = self._spec.capacity_factor
+        return None if factor is None else CapacityRule.of(self._architecture, self._spec.layout, factor)
 
     def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
         """What this rank says of the step that its lane has planned."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2dist.comm import Alone, Capacity, CapacityRule, Exchange, PaddedExchange, thread_world
-from k2dist.comm.padded import bytes_per_layer
+from k2dist.comm.layer_bytes import EvenLayer, LayerBytes
 
 DEADLINE_S = 30.0
 WIDTH = 5
@@ -248,9 +248,10 @@ def test_frames_cost_what_they_are_said_to_cost(num_rows, run_ranks):
         return exact.num_bytes_sent, exact.num_rows_sent, calls
 
     results = run_ranks(thread_world(3, DEADLINE_S), main)
-    said = bytes_per_layer(capacity, num_ranks=3, top_k=2, row_bytes=width, out_bytes=2 * out_width)
-    assert said == 2 * (4 * (24 + 3 * 4) + 7 * 20)
-    assert [num_bytes for num_bytes, _, _ in results] == [said] * 3
+    layer = EvenLayer(num_rows, num_ranks=3, top_k=2, row_bytes=width, out_bytes=2 * out_width)
+    said = layer.padded(capacity)
+    assert said == LayerBytes(2 * 4 * (24 + 3 * 4), 2 * 7 * 20)
+    assert [num_bytes for num_bytes, _, _ in results] == [said.total] * 3
     assert [num_rows_sent for _, num_rows_sent, _ in results] == [num_rows, num_rows, 2 * num_rows]
     assert [calls for _, _, calls in results] == [["all_to_all_rows"] * 2] * 3
 
@@ -278,6 +279,26 @@ def test_room_is_for_an_even_load_with_its_chance_and_never_more_than_can_come()
         assert 1 <= room.rows <= num_rows
         assert room.rows <= room.pairs <= 8 * num_rows
     assert CapacityRule(factor=1.0, top_k=3, largest_share=1.0).capacity(50) == Capacity(50, 150)
+
+
+def test_an_even_router_sends_about_what_is_said(run_ranks):
+    """100 rows of each of four ranks, many times; exact, and with outputs summed where they are computed."""
+    num_rows, top_k, width, out_width = 100, 3, 50, 20
+
+    def main(comm):
+        exchange = Exchange(comm, [[(expert // 3, expert % 3) for expert in range(12)]])
+        generator = torch.Generator().manual_seed(comm.rank)
+        for _ in range(20):
+            expert_TK = torch.rand(num_rows, 12, generator=generator).topk(top_k).indices
+            work, ticket = exchange.dispatch(0, torch.zeros(num_rows, width, dtype=torch.uint8), expert_TK)
+            exchange.combine(torch.zeros(len(work.slot_M), out_width, dtype=torch.uint8), ticket)
+        return exchange.num_bytes_sent / 20, exchange.num_rows_sent / 20
+
+    layer = EvenLayer(num_rows, num_ranks=4, top_k=top_k, row_bytes=width, out_bytes=out_width)
+    for num_bytes, num_rows_sent in run_ranks(thread_world(4, DEADLINE_S), main):
+        assert num_bytes == pytest.approx(layer.exact().total, rel=0.05)
+        away = num_rows_sent * (width + top_k * 8 + out_width)
+        assert away == pytest.approx(layer.pre_reduced().total, rel=0.1), "no expert is chosen twice"
 
 
 def test_an_even_router_does_not_overflow():
