@@ -6,6 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from k2dist.comm import Alone, Capacity, CapacityRule, Exchange, PaddedExchange, thread_world
 from k2dist.comm.layer_bytes import EvenLayer, LayerBytes
@@ -311,3 +316,31 @@ def test_an_even_router_does_not_overflow():
         hits_NTR = torch.nn.functional.one_hot(rank_NTK, 16).sum(2)
         assert int((hits_NTR > 0).sum(1).max()) <= capacity.rows
         assert int(hits_NTR.sum(1).max()) <= capacity.pairs
+
+
+class Loop(Alone):
+    """Rank 0 of four, which gets back what it sends: enough for shapes."""
+
+    size = 4
+
+    def all_to_all_rows(self, x_ND, send, recv):
+        assert (len(send), sum(send)) == (4, len(x_ND))
+        assert send == recv, "splits that do not depend on the rows"
+        return x_ND.clone()
+
+
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_nothing_in_frames_waits_for_the_device(num_rows):
+    """Tensors without values: whoever asks for one, or for a shape that depends on one, is refused."""
+
+    def exchanged(make):
+        exchange = make(Exchange(Loop(), [[(expert // 3, expert % 3) for expert in range(12)]]))
+        expert_TK = torch.zeros(num_rows, 3, dtype=torch.int64)
+        work, ticket = exchange.dispatch(0, torch.zeros(num_rows, WIDTH, dtype=torch.uint8), expert_TK)
+        return exchange.combine(torch.zeros(len(work.slot_M), 7, dtype=torch.bfloat16), ticket)
+
+    with FakeTensorMode():
+        out_TKD = exchanged(lambda exact: PaddedExchange(exact, Capacity(5, 9)))
+        assert out_TKD.shape == (num_rows, 3, 7)
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            exchanged(lambda exact: exact)
