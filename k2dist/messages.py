@@ -223,4 +223,6 @@ class RankStats(Message, frozen=True, kw_only=True):
     device_s_total: float  # forward and sample, with what they wait for other ranks
     num_rows_sent: int  # rows that left this rank for another rank's experts
     num_bytes_sent: int
+    num_steps_padded: int  # that exchanged tokens in frames of a fixed capacity
+    num_overflows: int  # of these, steps that some rank's rows did not fit in: repeated with exact splits
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed

@@ -108,6 +108,31 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from k2dist.config import read_architecture
 
     model_dir = tmp_path_factory.mktemp("tiny-k2")
+    _write_configs(model_dir)
+    architecture = read_architecture(model_dir)
+    write_checkpoint(model_dir, architecture, random_tensors(architecture, seed=1))
+    return model_dir
+
+
+@pytest.fixture(scope="session")
+def skewed_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model_dir`, but its routers choose experts 0, 1 and 2 for every row: all on rank 0 of four."""
+    from k2dist.checkpoint import random_tensors, write_checkpoint
+    from k2dist.config import read_architecture
+
+    model_dir = tmp_path_factory.mktemp("skewed-k2")
+    _write_configs(model_dir)
+    architecture = read_architecture(model_dir)
+    tensors = random_tensors(architecture, seed=1)
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[: architecture.top_k] += 10.0
+    write_checkpoint(model_dir, architecture, tensors)
+    return model_dir
+
+
+def _write_configs(model_dir: Path) -> None:
+    """All that a model directory holds besides weights."""
     (model_dir / "config.json").write_text(json.dumps(TINY_CONFIG))
     (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": NUM_BASE_TOKENS + 2}))
     ranks = (f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(NUM_BASE_TOKENS))
@@ -117,6 +142,3 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for offset, name in SPECIAL_OFFSETS.items()
     }
     (model_dir / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": specials}))
-    architecture = read_architecture(model_dir)
-    write_checkpoint(model_dir, architecture, random_tensors(architecture, seed=1))
-    return model_dir

@@ -1,6 +1,7 @@
 """What the same bits cost: a step in the order that keeps them, beside the fastest order of each part.
 
     same bits          products of 16 rows, sums in pairs, reduce_rows, experts' outputs home unreduced
+    padded exchange    rows and outputs in frames of a fixed capacity: the same bits too
     library kernels    torch's own products, sums and softmax           (beside the reference's kernels alone)
     all-reduce         gloo's, in place of reduce_rows
     reduced returns    experts' outputs weighted and summed where they are computed
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 
 from k2dist.bench.bits_world import BitsWorld, Order, Sent, decode_batch, num_places, prompt_batch
+from k2dist.comm import CapacityRule
+from k2dist.comm.layer_bytes import EvenLayer
 from k2dist.config import Architecture, read_architecture
+from k2dist.config.named import KIMI_K2, find_architecture
 from k2dist.engine.kernels import select_kernels
 from k2dist.errors import UsageError
 from k2dist.messages import Message
@@ -32,21 +36,25 @@ from k2dist.parallel import Layout, first_layout
 
 NUM_TURNS = 15
 CONTEXT = 100
+PUBLISHED_ROWS, PUBLISHED_RANKS = 64, 16
 FARTHEST = 1e-3  # of a typical row's logits from the same bits' ones, in float32, as a share of the largest
 
 Show = Callable[[int, int], None]
 
 SAME_BITS = Order("same bits")
+_CAPACITY_FACTOR = 1.25
+_PADDED = Order("padded exchange", capacity_factor=_CAPACITY_FACTOR)
 _REDUCTIONS = Order("all-reduce", reductions=True)
 _RETURNS = Order("reduced returns", returns=True)
 _LIBRARY = (
     SAME_BITS,
+    _PADDED,
     Order("library kernels", kernels=True),
     _REDUCTIONS,
     _RETURNS,
     Order("all of these", kernels=True, reductions=True, returns=True),
 )
-_OTHERS = (SAME_BITS, _REDUCTIONS, _RETURNS, Order("all of these", reductions=True, returns=True))
+_OTHERS = (SAME_BITS, _PADDED, _REDUCTIONS, _RETURNS, Order("all of these", reductions=True, returns=True))
 
 
 class OrderCost(Message, frozen=True, kw_only=True):
@@ -68,6 +76,14 @@ class BitsCost(Message, frozen=True, kw_only=True):
     orders: tuple[OrderCost, ...]
 
 
+class FormBytes(Message, frozen=True, kw_only=True):
+    """Of one rank to all others in one MoE layer: rows to their experts, and outputs home."""
+
+    form: str  # of the exchange: exact, padded (at a capacity factor of 1.25), pre-reduced
+    out_bytes: int
+    home_bytes: int
+
+
 class BitsReport(Message, frozen=True, kw_only=True):
     """The first order of each case is the one that keeps the bits."""
 
@@ -79,6 +95,7 @@ class BitsReport(Message, frozen=True, kw_only=True):
     num_ranks: int
     num_turns: int
     cases: tuple[BitsCost, ...]
+    published: tuple[FormBytes, ...]  # reckoned: Kimi K2 over `PUBLISHED_RANKS`, `PUBLISHED_ROWS` of each
 
 
 def measure(
@@ -122,6 +139,25 @@ def measure(
         num_ranks=layout.world_size,
         num_turns=num_turns,
         cases=tuple(costs),
+        published=published_bytes(PUBLISHED_ROWS, PUBLISHED_RANKS),
+    )
+
+
+def published_bytes(num_rows: int, num_ranks: int) -> tuple[FormBytes, ...]:
+    """Of K2's own dimensions, where the router chooses evenly: rows in float8, outputs in bfloat16."""
+    architecture = find_architecture(KIMI_K2)
+    width, block = architecture.hidden_size, architecture.scale_block
+    assert block is not None, "K2's experts are quantised"
+    row_bytes, out_bytes = width + 4 * -(-width // block), 2 * width
+    rule = CapacityRule(_CAPACITY_FACTOR, architecture.top_k, 1 / num_ranks)
+    layer = EvenLayer(num_rows, num_ranks, architecture.top_k, row_bytes, out_bytes)
+    forms = {
+        "exact": layer.exact(),
+        "padded": layer.padded(rule.capacity(num_rows)),
+        "pre-reduced": layer.pre_reduced(),
+    }
+    return tuple(
+        FormBytes(form=form, out_bytes=found.out, home_bytes=found.home) for form, found in forms.items()
     )
 
 

@@ -20,7 +20,15 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs d
 from k2dist.bench.fast_orders import CountingLane, LibraryReductions, PreReduced
 from k2dist.bench.library_kernels import library_kernels
 from k2dist.checkpoint import load_shard
-from k2dist.comm import DistCommunicator, Exchange, host_store, join_store
+from k2dist.comm import (
+    CapacityRule,
+    DistCommunicator,
+    Exchange,
+    PaddedExchange,
+    TokenExchange,
+    host_store,
+    join_store,
+)
 from k2dist.config import read_architecture
 from k2dist.engine.sequences import even_shares
 from k2dist.ids import Generation
@@ -38,9 +46,10 @@ Group = TypeVar("Group", bound=DistCommunicator)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is left to the fastest order; the rest keeps the same bits."""
+    """What is left to the fastest order; the rest keeps the same bits. Frames keep them too."""
 
     name: str
+    capacity_factor: float | None = None  # of frames in which rows travel; None: exact splits
     kernels: bool = False
     reductions: bool = False
     returns: bool = False
@@ -103,6 +112,7 @@ class _Rank:
             expert_homes(layout, layer, place.world_rank) for layer in range(architecture.num_moe_layers)
         ]
         self._architecture = architecture
+        self._layout = layout
         self._weights = assemble(tensors, architecture, place, layout.tp, kernels)
         self._kernels = kernels
         self._exchange, self._pre_reduced = (
@@ -123,17 +133,26 @@ class _Rank:
                 layer_CD.copy_(torch.randn(layer_CD.shape, generator=torch.Generator().manual_seed(0)))
 
     def step(self, order: Order, batch: Batch) -> Tensor:
-        exchange = self._pre_reduced if order.returns else self._exchange
         with torch.inference_mode():
-            return decoder.forward(
-                batch if self._lane is not None else Batch.empty(len(batch.shares)),
-                self._weights,
-                self._cache,
-                self._library_lane if order.reductions else self._lane,
-                exchange,
-                self._architecture,
-                self._ordered(order),
-            )
+            if order.returns:
+                return self._forward(order, batch, self._pre_reduced)
+            if order.capacity_factor is None:
+                return self._forward(order, batch, self._exchange)
+            rule = CapacityRule.of(self._architecture, self._layout, order.capacity_factor)
+            padded = PaddedExchange(self._exchange, rule.capacity(max(batch.shares)))
+            logits_SV = self._forward(order, batch, padded)
+            return self._forward(order, batch, self._exchange) if padded.has_overflowed() else logits_SV
+
+    def _forward(self, order: Order, batch: Batch, exchange: TokenExchange) -> Tensor:
+        return decoder.forward(
+            batch if self._lane is not None else Batch.empty(len(batch.shares)),
+            self._weights,
+            self._cache,
+            self._library_lane if order.reductions else self._lane,
+            exchange,
+            self._architecture,
+            self._ordered(order),
+        )
 
     def sent(self) -> Sent:
         lanes = [lane for lane in (self._lane, self._library_lane) if lane is not None]

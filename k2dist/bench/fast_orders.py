@@ -79,8 +79,8 @@ class PreReduced(Exchange):
         return dataclasses.replace(base, router_topk=route, weighted_sum=add)
 
     def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
-        to_rank_RT = torch.zeros(self._comm.size, len(rows_TW), dtype=torch.bool)
-        to_rank_RT[self._rank_LE[moe_layer][expert_TK], torch.arange(len(rows_TW))[:, None]] = True
+        to_rank_RT = torch.zeros(self.comm.size, len(rows_TW), dtype=torch.bool)
+        to_rank_RT[self.rank_LE[moe_layer][expert_TK], torch.arange(len(rows_TW))[:, None]] = True
         self._row_N = to_rank_RT.nonzero()[:, 1]
         self._rows_to = to_rank_RT.sum(1).tolist()
         weight_tK, self._weight_tK = self._weight_tK[: len(rows_TW)], self._weight_tK[:0]
@@ -97,7 +97,7 @@ class PreReduced(Exchange):
         sum_ND = torch.zeros(sum(self._rows_from), out_MD.shape[1])
         sum_ND.index_add_(0, self._row_M, out_MD.float() * self._weight_M[:, None])
         away_ND = sum_ND.to(out_MD.dtype)
-        home_ND = self._comm.all_to_all_rows(away_ND, self._rows_from, self._rows_to)
+        home_ND = self.comm.all_to_all_rows(away_ND, self._rows_from, self._rows_to)
         self.num_bytes_sent += self._num_away(self._rows_from) * away_ND.shape[1] * away_ND.element_size()
         out_TD = torch.zeros(ticket.num_rows, out_MD.shape[1])
         return out_TD.index_add_(0, self._row_N, home_ND.float())[:, None]

@@ -68,9 +68,20 @@ def _print(report: BitsReport, console: Console) -> None:
         f"{report.num_ranks} ranks; steps with so many rows of each lane, {report.num_turns} turns.\n"
         f"time, bytes: what the same bits take, in what this order takes; more than 1 is their price.\n"
         f"KB: sent by all ranks in a step, for reductions in lanes and to experts and back.\n"
-        f"off: a typical row's farthest logit in float32, as a share of its largest.",
+        f"off: a typical row's farthest logit in float32, as a share of its largest.\n"
+        f"{_published(report)}",
         soft_wrap=True,
     )
+
+
+def _published(report: BitsReport) -> str:
+    from k2dist.bench.bits import PUBLISHED_RANKS, PUBLISHED_ROWS
+
+    forms = "; ".join(
+        f"{found.form} {found.out_bytes / 1e6:.1f} MB out, {found.home_bytes / 1e6:.1f} MB home"
+        for found in report.published
+    )
+    return f"Kimi K2, {PUBLISHED_ROWS} rows of each of {PUBLISHED_RANKS} ranks, a rank and layer: {forms}."
 
 
 def _cells(case: BitsCost, order: OrderCost) -> tuple[str, ...]:

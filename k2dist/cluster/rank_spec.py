@@ -27,5 +27,6 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
         ),
         kernels=config.kernels,
         dtype=config.dtype,
+        capacity_factor=config.exchange.capacity_factor,
         retain_s=config.service.retain_s,
     )

@@ -4,19 +4,24 @@ from k2dist.comm.agreement import StepAgreement, agree, combine
 from k2dist.comm.alone import Alone
 from k2dist.comm.communicator import Communicator
 from k2dist.comm.distributed import DistCommunicator
-from k2dist.comm.exchange import Dispatched, Exchange, Ticket
+from k2dist.comm.exchange import Dispatched, Exchange, Ticket, TokenExchange
+from k2dist.comm.padded import Capacity, CapacityRule, PaddedExchange
 from k2dist.comm.rendezvous import host_store, join_store
 from k2dist.comm.threads import ThreadCommunicator, thread_group, thread_world
 
 __all__ = [
     "Alone",
+    "Capacity",
+    "CapacityRule",
     "Communicator",
     "Dispatched",
     "DistCommunicator",
     "Exchange",
+    "PaddedExchange",
     "StepAgreement",
     "ThreadCommunicator",
     "Ticket",
+    "TokenExchange",
     "agree",
     "combine",
     "host_store",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +24,17 @@ from k2dist.comm.communicator import Communicator
 from k2dist.comm.rows import from_bytes, to_bytes
 from k2dist.ids import SlotId, WorldRank
 
-_SLOT_BYTES = 4  # int32
+SLOT_BYTES = 4  # int32
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Work for this rank's experts. Pairs are sorted by slot, then source rank, then source row."""
+    """Work for this rank's experts. Pairs are sorted by slot, then source rank, then source row.
+
+    The counts may sum to fewer than M: what lies behind so many pairs is nobody's (slot -1), and is neither
+    computed nor read.
+    """
 
     rows_NW: Tensor  # dtype of the wire; by source rank, then source row
     row_M: Tensor  # int64: index into rows_NW
@@ -43,29 +49,51 @@ class Ticket:
     num_rows: int
     top_k: int
     arrived_M: Tensor  # int64: sorted pair -> pair in order of arrival (source rank, source row, k)
-    home_TK: Tensor  # int64 [T * K]: pairs of this rank's rows by destination rank -> t * K + k
+    home_TK: Tensor  # int64 [T * K]: which of the outputs that come home is the one of t * K + k
     pairs_from: list[int]  # pairs that came from each rank
     pairs_to: list[int]  # pairs that went to each rank
+
+
+class TokenExchange(Protocol):
+    """How rows get to their experts and back: `Exchange` says what is to arrive; others differ in the way."""
+
+    def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]: ...
+
+    def combine(self, out_MD: Tensor, ticket: Ticket) -> Tensor: ...
 
 
 class Exchange:
     """One rank's side of the token exchange of every MoE layer. `comm` is the group of all world ranks.
 
     `homes[l][e]` is the copy (rank, slot) of expert e of MoE layer l (0-based) that this rank uses; another
-    rank may use another copy. All ranks agree on the row width W, its dtype and K, rows or none.
+    rank may use another copy. All ranks agree on the row width W, its dtype and K, rows or none. Rows and
+    expert ids are on `device`.
     """
 
-    def __init__(self, comm: Communicator, homes: Sequence[Sequence[tuple[WorldRank, SlotId]]]) -> None:
-        self._comm = comm
-        self._rank_LE = [torch.tensor([rank for rank, _ in layer], dtype=torch.int64) for layer in homes]
-        self._slot_LE = [torch.tensor([slot for _, slot in layer], dtype=torch.int32) for layer in homes]
-        self._num_slots = [
+    def __init__(
+        self,
+        comm: Communicator,
+        homes: Sequence[Sequence[tuple[WorldRank, SlotId]]],
+        device: torch.device = _CPU,
+    ) -> None:
+        self.comm = comm
+        self.device = device
+        self.rank_LE = [_table([rank for rank, _ in layer], torch.int64, device) for layer in homes]
+        self.slot_LE = [_table([slot for _, slot in layer], torch.int32, device) for layer in homes]
+        self.num_slots = [
             max((slot + 1 for rank, slot in layer if rank == comm.rank), default=0) for layer in homes
         ]
-        # Since the start, to other ranks only. Bytes: rows with their slots, and outputs sent home.
-        self.num_rows_sent = 0
+        # Since the start. Bytes, to other ranks only: rows with their slots, and outputs sent home.
         self.num_bytes_sent = 0
-        self._load_Le = [torch.zeros(num_slots, dtype=torch.int64) for num_slots in self._num_slots]
+        self.num_steps_padded = 0
+        self.num_overflows = 0  # of these, steps that were repeated
+        self._num_rows_sent = torch.zeros((), dtype=torch.int64, device=device)
+        self._load_Le = [_table([0] * num_slots, torch.int64, device) for num_slots in self.num_slots]
+
+    @property
+    def num_rows_sent(self) -> int:
+        """Since the start, to other ranks."""
+        return int(self._num_rows_sent)
 
     def expert_load(self) -> tuple[tuple[int, ...], ...]:
         """[moe layer][slot of this rank]: rows its expert was given since the start, from all ranks."""
@@ -78,23 +106,21 @@ class Exchange:
         """
         num_rows, top_k = expert_TK.shape
         assert len(rows_TW) == num_rows, f"{len(rows_TW)} rows, experts for {num_rows}"
-        rank_TK = self._rank_LE[moe_layer][expert_TK]
-        to_rank_RT = _destinations(rank_TK, self._comm.size)
+        rank_TK = self.rank_LE[moe_layer][expert_TK]
+        to_rank_RT = _destinations(rank_TK, self.comm.size)
         send = to_rank_RT.sum(1).tolist()
         recv = self._exchange_counts(send)
 
         packed_NB = self._pack(moe_layer, rows_TW, expert_TK, rank_TK, to_rank_RT)
-        arrived_NB = self._comm.all_to_all_rows(packed_NB, send, recv)
-        self.num_rows_sent += self._num_away(send)
-        self.num_bytes_sent += self._num_away(send) * packed_NB.shape[1]
-
-        row_bytes = arrived_NB.shape[1] - top_k * _SLOT_BYTES
+        arrived_NB = self.comm.all_to_all_rows(packed_NB, send, recv)
+        num_away = self._num_away(send)
+        row_bytes = arrived_NB.shape[1] - top_k * SLOT_BYTES
         rows_NW = from_bytes(arrived_NB[:, :row_bytes], rows_TW.dtype)
         slot_NK = from_bytes(arrived_NB[:, row_bytes:], torch.int32)
-        work, arrived_M, pairs_from = self._sort_pairs(rows_NW, slot_NK, recv, self._num_slots[moe_layer])
-        self._load_Le[moe_layer] += work.counts_per_slot
-        home_TK = rank_TK.flatten().argsort(stable=True)
-        pairs_to = rank_TK.flatten().bincount(minlength=self._comm.size).tolist()
+        work, arrived_M, pairs_from = self._sort_pairs(rows_NW, slot_NK, recv, self.num_slots[moe_layer])
+        self.count(moe_layer, work, num_away, num_away * packed_NB.shape[1])
+        home_TK = rank_TK.flatten().argsort(stable=True).argsort()
+        pairs_to = rank_TK.flatten().bincount(minlength=self.comm.size).tolist()
         return work, Ticket(num_rows, top_k, arrived_M, home_TK, pairs_from, pairs_to)
 
     def combine(self, out_MD: Tensor, ticket: Ticket) -> Tensor:
@@ -107,16 +133,22 @@ class Exchange:
         )
         out_MB = to_bytes(out_MD)
         arrival_MB = torch.empty_like(out_MB).index_copy_(0, ticket.arrived_M, out_MB)
-        came_home_NB = self._comm.all_to_all_rows(arrival_MB, ticket.pairs_from, ticket.pairs_to)
+        came_home_NB = self.comm.all_to_all_rows(arrival_MB, ticket.pairs_from, ticket.pairs_to)
         self.num_bytes_sent += self._num_away(ticket.pairs_from) * out_MB.shape[1]
-        home_NB = torch.empty_like(came_home_NB).index_copy_(0, ticket.home_TK, came_home_NB)
+        home_NB = came_home_NB.index_select(0, ticket.home_TK)
         return from_bytes(home_NB, out_MD.dtype).view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
+
+    def count(self, moe_layer: int, work: Dispatched, num_rows_away: int | Tensor, num_bytes: int) -> None:
+        """Note a dispatch: what came for this rank's experts, and what left for other ranks'."""
+        self._load_Le[moe_layer] += work.counts_per_slot
+        self._num_rows_sent += num_rows_away
+        self.num_bytes_sent += num_bytes
 
     def _exchange_counts(self, send: list[int]) -> list[int]:
         """How many rows each rank will send to this one."""
-        ones = [1] * self._comm.size
-        count_R1 = torch.tensor(send, dtype=torch.int64)[:, None]
-        recv: list[int] = self._comm.all_to_all_rows(count_R1, ones, ones)[:, 0].tolist()
+        ones = [1] * self.comm.size
+        count_R1 = _table(send, torch.int64, self.device)[:, None]
+        recv: list[int] = self.comm.all_to_all_rows(count_R1, ones, ones)[:, 0].tolist()
         return recv
 
     def _pack(
@@ -124,12 +156,12 @@ class Exchange:
     ) -> Tensor:
         """Bytes to send, by destination rank, then row: the row, and for each k its slot there or -1."""
         rank_N, row_N = to_rank_RT.nonzero(as_tuple=True)
-        slot_NK = self._slot_LE[moe_layer][expert_TK[row_N]]
+        slot_NK = self.slot_LE[moe_layer][expert_TK[row_N]]
         slot_NK = slot_NK.masked_fill(rank_TK[row_N] != rank_N[:, None], -1)
         return torch.cat((to_bytes(rows_TW).index_select(0, row_N), to_bytes(slot_NK)), dim=1)
 
     def _num_away(self, counts: list[int]) -> int:
-        return sum(counts) - counts[self._comm.rank]
+        return sum(counts) - counts[self.comm.rank]
 
     def _sort_pairs(
         self, rows_NW: Tensor, slot_NK: Tensor, recv: list[int], num_slots: int
@@ -138,8 +170,9 @@ class Exchange:
         row_M, k_M = (slot_NK >= 0).nonzero(as_tuple=True)  # by source rank, source row, k
         slot_M = slot_NK[row_M, k_M].long()
         order_M = slot_M.argsort(stable=True)
-        source_N = torch.arange(self._comm.size).repeat_interleave(torch.tensor(recv))
-        pairs_from = source_N[row_M].bincount(minlength=self._comm.size).tolist()
+        rank_R = torch.arange(self.comm.size, device=self.device)
+        source_N = rank_R.repeat_interleave(_table(recv, torch.int64, self.device))
+        pairs_from = source_N[row_M].bincount(minlength=self.comm.size).tolist()
         counts_e = slot_M.bincount(minlength=num_slots)
         assert len(counts_e) == num_slots, (
             f"rows came for slot {len(counts_e) - 1} of {num_slots}: homes differ"
@@ -149,6 +182,10 @@ class Exchange:
 
 def _destinations(rank_TK: Tensor, size: int) -> Tensor:
     """Bool [R, T]: whether rank r holds any expert of row t."""
-    to_rank_RT = torch.zeros(size, len(rank_TK), dtype=torch.bool)
-    to_rank_RT[rank_TK, torch.arange(len(rank_TK))[:, None].expand_as(rank_TK)] = True
+    to_rank_RT = torch.zeros(size, len(rank_TK), dtype=torch.bool, device=rank_TK.device)
+    to_rank_RT[rank_TK, torch.arange(len(rank_TK), device=rank_TK.device)[:, None].expand_as(rank_TK)] = True
     return to_rank_RT
+
+
+def _table(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -60,6 +60,16 @@ class SchedulerConfig(Message, frozen=True, kw_only=True):
     ageing_s: Seconds = 60.0  # waiting so long counts as one priority; more: low ones wait longer
 
 
+class ExchangeConfig(Message, frozen=True, kw_only=True):
+    """How rows reach the ranks of their experts."""
+
+    # In steps without prompts: room for so many times an even router's load on a rank (and its spread by
+    # chance) is sent, used or not, and nobody waits to hear how much comes. More: more bytes; less: a step
+    # that does not fit is computed twice. None: exact, at one more exchange in each layer. On a CPU over gloo
+    # the two take equally long; what has to be captured as a graph needs a capacity, and 1.25 is a start.
+    capacity_factor: Annotated[float, Meta(ge=1)] | None = None
+
+
 class RanksConfig(Message, frozen=True, kw_only=True):
     """What one rank takes of a machine. Ray counts these; it does not enforce them."""
 
@@ -141,6 +151,7 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
     )
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
     ranks: RanksConfig = RanksConfig()
     nodes: NodesConfig = NodesConfig()
     network: NetworkConfig = NetworkConfig()

@@ -46,6 +46,7 @@ class LocalWorld:
         num_pages: int = 256,
         kernels: str = "auto",
         dtype: str = "bfloat16",
+        capacity_factor: float | None = None,
         step_deadline_s: float = 60.0,
         retain_s: float = 60.0,
     ) -> None:
@@ -64,6 +65,7 @@ class LocalWorld:
                 limits=limits,
                 kernels=kernels,
                 dtype=dtype,
+                capacity_factor=capacity_factor,
                 retain_s=retain_s,
             )
 

@@ -25,7 +25,7 @@ import msgspec
 
 from k2dist.cache import PagePool
 from k2dist.checkpoint import load_shard
-from k2dist.comm import Communicator
+from k2dist.comm import CapacityRule, Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.config import read_architecture
@@ -58,6 +58,8 @@ class RankSpec(Message, frozen=True, kw_only=True):
     limits: Limits
     kernels: str = "auto"
     dtype: str = "bfloat16"  # of the residual stream; float32: nothing but the weights is quantised
+    # Of the exchange in steps without prompts (config.cluster.ExchangeConfig); None: exact in all.
+    capacity_factor: float | None = None
     retain_s: float = 60.0  # how long a lane remembers a request after its end
 
 
@@ -142,6 +144,7 @@ class RankRuntime:
         self.stop()
 
     def stats(self) -> RankStats:
+        exchange = None if self._member is None else self._member.exchange
         return RankStats(
             world_rank=self._spec.world_rank,
             num_steps=self._num_steps,
@@ -149,9 +152,11 @@ class RankRuntime:
             step_s_total=self._step_s_total,
             host_s_total=self._host_s_total,
             device_s_total=self._device.busy_s,
-            num_rows_sent=0 if self._member is None else self._member.exchange.num_rows_sent,
-            num_bytes_sent=0 if self._member is None else self._member.exchange.num_bytes_sent,
-            expert_load=() if self._member is None else self._member.exchange.expert_load(),
+            num_rows_sent=0 if exchange is None else exchange.num_rows_sent,
+            num_bytes_sent=0 if exchange is None else exchange.num_bytes_sent,
+            num_steps_padded=0 if exchange is None else exchange.num_steps_padded,
+            num_overflows=0 if exchange is None else exchange.num_overflows,
+            expert_load=() if exchange is None else exchange.expert_load(),
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------
@@ -172,7 +177,9 @@ class RankRuntime:
             cache = LatentCache.allocate(
                 self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
             )
-        self._model = Model(weights, cache, self._architecture, self._kernels, self._end_token_ids)
+        self._model = Model(
+            weights, cache, self._architecture, self._kernels, self._spec.layout.tp, self._end_token_ids
+        )
         load_s = time.monotonic() - started_s
         report = self_test(
             Path(self._spec.model_dir),
@@ -201,8 +208,15 @@ class RankRuntime:
         member = self._member
         try:
             with self._device:
-                lane, exchange = member.comms.lane, member.exchange
-                steps = Steps(self._model, self._sequences, self._guard, lane, exchange, self._device)
+                steps = Steps(
+                    self._model,
+                    self._sequences,
+                    self._guard,
+                    member.comms.lane,
+                    member.exchange,
+                    self._padding(),
+                    self._device,
+                )
                 try:
                     self._run(member, steps)
                 except BaseException:
@@ -223,7 +237,7 @@ class RankRuntime:
             agreed = agree(member.comms.world_control, self._word(member, plan))
             self._cadence.note(has_prompts=agreed.has_prompts, has_decodes=agreed.has_decodes)
             is_launched = agreed.num_rows > 0 and not agreed.is_stopping
-            launched = steps.forward(plan, under_way) if is_launched else None
+            launched = steps.forward(plan, under_way, agreed) if is_launched else None
             waited_s = 0.0 if under_way is None else self._finish(steps, under_way)
             if launched is not None:
                 steps.sample(launched)
@@ -237,6 +251,10 @@ class RankRuntime:
                 if self._doorbell.wait(epoch, self._has_reason):
                     member.bells.ring_all(epoch)
                 epoch += 1
+
+    def _padding(self) -> CapacityRule | None:
+        factor = self._spec.capacity_factor
+        return None if factor is None else CapacityRule.of(self._architecture, self._spec.layout, factor)
 
     def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
         """What this rank says of the step that its lane has planned."""

@@ -7,6 +7,10 @@ Forward and sample are launches of their own: what sampling needs of the step be
 the time it is launched, and a mask may be computed meanwhile. The forward pass needs only the newest token of
 each sequence, and takes it on the device.
 
+Steps without prompts may exchange tokens in frames of a fixed capacity. Where some rank's rows did not fit,
+all ranks learn it in the pass itself, and all repeat it with the exact exchange: it writes the same places of
+the cache, and nothing has been sampled of it.
+
 Legend: S rows whose logits are wanted, D hidden width, P rows whose token the step before has sampled.
 """
 
@@ -21,12 +25,20 @@ import torch
 from k2kernels import KernelSet
 from torch import Tensor
 
-from k2dist.comm import Communicator, Exchange
+from k2dist.comm import (
+    Capacity,
+    CapacityRule,
+    Communicator,
+    Exchange,
+    PaddedExchange,
+    StepAgreement,
+    TokenExchange,
+)
 from k2dist.config import Architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.readout import Outcome, PromptScore, Readout
-from k2dist.engine.sequences import Sequences
+from k2dist.engine.sequences import Sequences, even_shares
 from k2dist.ids import RequestId, SeqId
 from k2dist.messages import StepPlan, StepResult
 from k2dist.model import decoder
@@ -44,6 +56,7 @@ class Model:
     cache: LatentCache | None
     architecture: Architecture
     kernels: KernelSet
+    tp: int  # ranks of each lane
     end_token_ids: frozenset[int]
 
 
@@ -75,17 +88,24 @@ class Steps:
         guard: RowGuard,
         lane: Communicator | None,
         exchange: Exchange,
+        padding: CapacityRule | None,
         device: DeviceThread,
     ) -> None:
+        """`padding`: of the exchange in steps without prompts; None: exact in all."""
         self._model = model
         self._sequences = sequences
         self._guard = guard
         self._lane = lane
         self._exchange = exchange
+        self._padding = padding
         self._device = device
 
-    def forward(self, plan: StepPlan, before: Step | None) -> Step:
-        """Launch the forward pass of `plan`, which the rank has applied; `before` is the step before it."""
+    def forward(self, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
+        """Launch the forward pass of `plan`, which the rank has applied; `before` is the step before it.
+
+        `agreed`: what all ranks have said of this step; which collectives run depends on it alone.
+        """
+        capacity = self._capacity(agreed)
         batch = self._sequences.batch(plan)
         rows = self._sequences.promised_rows(plan)
         seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
@@ -93,9 +113,9 @@ class Steps:
             assert before is not None, "a token was promised, and no step is under way"
             places = {seq_id: place for place, seq_id in enumerate(before.seq_ids)}
             row_P, place_P = list(rows.values()), [places[seq_id] for seq_id in rows]
-            work = partial(self._hidden_behind, batch, row_P, place_P, before)
+            work = partial(self._hidden_behind, batch, capacity, row_P, place_P, before)
             return Step(plan, seq_ids, self._device.launch(work))
-        return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch)))
+        return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch, capacity)))
 
     def sample(self, step: Step) -> None:
         """Launch the sampling of a step whose forward pass was launched; the step before it is finished."""
@@ -124,19 +144,38 @@ class Steps:
         )
         return Finished(result, faults)
 
+    def _capacity(self, agreed: StepAgreement) -> Capacity | None:
+        """Of this step's exchange; None: exact."""
+        if self._padding is None or agreed.has_prompts:
+            return None
+        return self._padding.capacity(max(even_shares(agreed.num_rows, self._model.tp)))
+
     # -- on the device thread --------------------------------------------------------------------------
 
-    def _hidden_behind(self, batch: Batch, row_P: list[int], place_P: list[int], before: Step) -> Tensor:
+    def _hidden_behind(
+        self, batch: Batch, capacity: Capacity | None, row_P: list[int], place_P: list[int], before: Step
+    ) -> Tensor:
         """The forward pass of a batch, some of whose tokens the step before has sampled."""
         assert before.outcome is not None, "a step runs before the one before it"
         token_ids = before.outcome.result()[0].sampled.token_ids
         batch.token_T[row_P] = torch.tensor([token_ids[place] for place in place_P])
-        return self._hidden(batch)
+        return self._hidden(batch, capacity)
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch, capacity: Capacity | None) -> Tensor:
+        """The last hidden rows; exchanged in frames where there is a `capacity` that suffices."""
+        if capacity is not None:
+            padded = PaddedExchange(self._exchange, capacity)
+            x_SD = self._forward(batch, padded)
+            self._exchange.num_steps_padded += 1
+            if not padded.has_overflowed():
+                return x_SD
+            self._exchange.num_overflows += 1
+        return self._forward(batch, self._exchange)
+
+    def _forward(self, batch: Batch, exchange: TokenExchange) -> Tensor:
         model = self._model
         return decoder.hidden(
-            batch, model.weights, model.cache, self._lane, self._exchange, model.architecture, model.kernels
+            batch, model.weights, model.cache, self._lane, exchange, model.architecture, model.kernels
         )
 
     def _read_out(

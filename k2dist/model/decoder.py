@@ -22,7 +22,7 @@ import torch
 from k2kernels import KernelSet
 from torch import Tensor
 
-from k2dist.comm import Communicator, Exchange
+from k2dist.comm import Communicator, TokenExchange
 from k2dist.config import Architecture
 from k2dist.model.batch import Batch
 from k2dist.model.lane_step import LaneStep
@@ -39,7 +39,7 @@ def forward(
     weights: Weights,
     cache: LatentCache | None,
     lane: Communicator | None,
-    exchange: Exchange,
+    exchange: TokenExchange,
     architecture: Architecture,
     kernels: KernelSet,
     observer: Observer | None = None,
@@ -66,7 +66,7 @@ def hidden(
     weights: Weights,
     cache: LatentCache | None,
     lane: Communicator | None,
-    exchange: Exchange,
+    exchange: TokenExchange,
     architecture: Architecture,
     kernels: KernelSet,
     observer: Observer | None = None,
@@ -109,7 +109,7 @@ def _embed(weights: LaneWeights, step: LaneStep) -> Tensor:
 
 
 def _mlp(
-    x_tD: Tensor, index: int, layer: Layer, weights: Weights, exchange: Exchange, step: LaneStep
+    x_tD: Tensor, index: int, layer: Layer, weights: Weights, exchange: TokenExchange, step: LaneStep
 ) -> Tensor:
     """The layer's second half: experts, or this rank's slice of a dense MLP."""
     architecture, kernels = step.architecture, step.kernels

@@ -15,7 +15,7 @@ import torch
 from k2kernels import Experts, KernelSet, Rule
 from torch import Tensor
 
-from k2dist.comm import Exchange
+from k2dist.comm import TokenExchange
 from k2dist.config import Architecture
 from k2dist.model.weights import Moe
 
@@ -25,7 +25,7 @@ def moe(
     moe_layer: int,
     weights: Moe,
     experts: Experts,
-    exchange: Exchange,
+    exchange: TokenExchange,
     architecture: Architecture,
     kernels: KernelSet,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def moe(
 def serve(
     moe_layer: int,
     experts: Experts,
-    exchange: Exchange,
+    exchange: TokenExchange,
     architecture: Architecture,
     kernels: KernelSet,
     device: torch.device,
@@ -56,7 +56,7 @@ def through_experts(
     expert_tK: Tensor,
     moe_layer: int,
     experts: Experts,
-    exchange: Exchange,
+    exchange: TokenExchange,
     architecture: Architecture,
     kernels: KernelSet,
 ) -> Tensor:

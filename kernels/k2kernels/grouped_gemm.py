@@ -1,6 +1,10 @@
 """Linears of many experts at once: row m goes through the weights of its slot.
 
-M rows, sorted by slot; counts_e[s] of them belong to slot s, sum = M. A slot may have no row, a rank no slot.
+M rows, sorted by slot; counts_e[s] of them belong to slot s. A slot may have no row, a rank no slot.
+The counts may sum to less than M (a padded exchange), on a rank without slots to 0: rows of x from that sum
+on are not read, rows of y from there are not computed. What either holds means nothing, NaN included; the
+reference fills those of y with NaN, so that whoever reads them is found. The counts stay on the device: for
+a launch M is the most that they may sum to.
 N outputs, K inputs, otherwise as `fp8_gemm`: the same products and the same rounding, so that an expert's
 output has the bits of a plain linear whatever else its rank computes.
 Source: Kimi K2 config.json (`moe_intermediate_size`); DeepSeek-V3 report, arXiv:2412.19437, section 3.3.
@@ -50,8 +54,8 @@ def reference(
     x_MK = x.float()
     counts = counts_e.tolist()
     assert len(counts) == len(w.slots), f"counts for {len(counts)} slots, weights for {len(w.slots)}"
-    assert sum(counts) == len(x_MK), f"{len(x_MK)} rows, counted {sum(counts)}"
-    y_MN = torch.empty(len(x_MK), w.num_outputs, dtype=out_dtype, device=x_MK.device)
+    assert sum(counts) <= len(x_MK), f"{len(x_MK)} rows, counted {sum(counts)}"
+    y_MN = torch.full((len(x_MK), w.num_outputs), torch.nan, dtype=out_dtype, device=x_MK.device)
     first = 0
     for linear, count in zip(w.slots, counts, strict=True):
         if count:
@@ -174,11 +178,8 @@ def launch(
     assert isinstance(w, StackedLinear)
     num_slots, num_outputs, num_inputs = w.w_eNK.shape
     if num_slots == 0:
-        num_inputs = (x if isinstance(x, Tensor) else x.q_TK).shape[1]
-        is_empty = len(x if isinstance(x, Tensor) else x.q_TK) == 0
-        require(is_empty, "x: rows for a rank without slots")
-        device = x.device if isinstance(x, Tensor) else x.q_TK.device
-        return torch.empty(0, num_outputs, dtype=out_dtype, device=device)
+        x_MK = x if isinstance(x, Tensor) else x.q_TK
+        return torch.empty(len(x_MK), num_outputs, dtype=out_dtype, device=x_MK.device)
     rows = Rows.of(x, w.w_eNK.dtype, w.block, num_inputs)
     num_rows, device = len(rows.x_TK), rows.x_TK.device
     check_tensor("counts_e", counts_e, (num_slots,), INT64, device)

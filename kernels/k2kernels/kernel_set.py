@@ -153,7 +153,11 @@ class KernelSet:
         return self.unpack(row_NW, width, self._act_block(block))
 
     def experts(self, x: Tensor | QuantisedRows, row_M: Tensor, counts_e: Tensor, w: Experts) -> Tensor:
-        """Each pair's expert on its row of `x`: [M, D] in `return_dtype`. Pairs are sorted by slot."""
+        """Each pair's expert on its row of `x`: [M, D] in `return_dtype`. Pairs are sorted by slot.
+
+        As `grouped_gemm`: `counts_e` may sum to less than M, and outputs from there on mean nothing. What
+        `row_M` holds there are rows of `x`.
+        """
         h_MG = self.grouped_gemm(x[row_M], counts_e, w.gate_up, self.dtype)
         middle = self._gated(h_MG, w.down.block)
         return self.grouped_gemm(middle, counts_e, w.down, self.return_dtype)

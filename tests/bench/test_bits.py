@@ -11,9 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from k2dist.bench import bits
-from k2dist.bench.bits import FARTHEST, SAME_BITS, BitsReport, measure
+from k2dist.bench.bits import FARTHEST, SAME_BITS, BitsReport, measure, published_bytes
 from k2dist.bench.bits_world import BitsWorld, Order, decode_batch, num_places
 from k2dist.cli.app import app
+from k2dist.comm import CapacityRule
+from k2dist.comm.layer_bytes import EvenLayer
 from k2dist.config import read_architecture
 from k2dist.demo import MODEL_DIR
 from k2dist.engine.kernels import select_kernels
@@ -21,7 +23,7 @@ from k2dist.errors import LayoutError, UsageError
 from k2dist.model.batch import Batch
 from k2dist.parallel import first_layout
 
-ORDERS = ["same bits", "library kernels", "all-reduce", "reduced returns", "all of these"]
+ORDERS = ["same bits", "padded exchange", "library kernels", "all-reduce", "reduced returns", "all of these"]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,9 @@ def test_every_order_takes_every_step(report: BitsReport) -> None:
 
 def test_every_order_is_the_same_mathematics(report: BitsReport) -> None:
     for case in report.cases:
-        assert case.orders[0].off == 0.0
+        assert case.orders[0].off == case.orders[1].off == 0.0, "frames keep the bits"
         assert all(order.off < FARTHEST / 10 for order in case.orders)
-        assert case.orders[1].off > 0.0, "a library's sums have an order of their own"
+        assert case.orders[2].off > 0.0, "a library's sums have an order of their own"
 
 
 def test_a_ring_sends_twice_what_reduce_rows_does(report: BitsReport) -> None:
@@ -53,8 +55,8 @@ def test_a_ring_sends_twice_what_reduce_rows_does(report: BitsReport) -> None:
     architecture = read_architecture(MODEL_DIR)
     num_sums = 1 + architecture.num_layers + architecture.first_dense_layers  # embedding, attention, dense
     for case in report.cases:
-        kept, library, all_reduce, returns, fastest = case.orders
-        assert kept.lane_bytes == library.lane_bytes == returns.lane_bytes
+        kept, padded, library, all_reduce, returns, fastest = case.orders
+        assert kept.lane_bytes == padded.lane_bytes == library.lane_bytes == returns.lane_bytes
         assert kept.lane_bytes == num_sums * case.num_rows * architecture.hidden_size * 4
         assert all_reduce.lane_bytes == fastest.lane_bytes == 2 * kept.lane_bytes
 
@@ -65,13 +67,37 @@ def test_returns_send_a_row_for_each_that_came_or_for_each_pair(report: BitsRepo
     width, top_k = architecture.hidden_size, architecture.top_k
     out, home = width + 4 * width // 128 + 4 * top_k, 2 * width
     for case in report.cases:
-        kept, library, all_reduce, returns, fastest = (order.expert_bytes for order in case.orders)
-        assert kept == library == all_reduce
+        kept, padded, library, all_reduce, returns, fastest = (order.expert_bytes for order in case.orders)
+        assert kept == library == all_reduce < padded
         assert returns == fastest
         num_rows, rest = divmod(returns, out + 4 * top_k + home)
         num_pairs, rest_kept = divmod(kept - num_rows * out, home)
         assert rest == rest_kept == 0
         assert 0 < num_rows <= num_pairs <= min(top_k * num_rows, top_k * case.num_rows * 2)
+
+
+def test_frames_of_a_step_are_as_long_as_their_capacity_says(report: BitsReport) -> None:
+    """Both of two ranks, in each layer, whatever the router chose; half of the rows are the most of any."""
+    architecture = read_architecture(MODEL_DIR)
+    row_bytes, out_bytes = architecture.hidden_size * (1 + 4 / 128), 2 * architecture.hidden_size
+    for case in report.cases:
+        num_rows = -(-case.num_rows // 2)
+        capacity = CapacityRule(1.25, architecture.top_k, 0.5).capacity(num_rows)
+        layer = EvenLayer(num_rows, 2, architecture.top_k, int(row_bytes), out_bytes)
+        sent = case.orders[1].expert_bytes
+        assert sent == 2 * architecture.num_moe_layers * layer.padded(capacity).total
+
+
+def test_bytes_of_the_published_model_are_reckoned_by_hand() -> None:
+    """64 rows, 8 experts each, 16 ranks. A row is 7168 + 4 x 56 bytes and 8 slots, an output 14336."""
+    exact, padded, reduced = published_bytes(64, 16)
+    rows_away = 64 * 15 * (1 - (15 / 16) ** 8)
+    assert exact.out_bytes == round(rows_away * (7168 + 224 + 32))
+    assert exact.home_bytes == 64 * 8 * 15 // 16 * 14336
+    assert reduced.out_bytes == round(rows_away * (7168 + 224 + 64))
+    assert reduced.home_bytes == round(rows_away * 14336)
+    assert padded.out_bytes == 15 * 64 * (7168 + 224 + 36), "room for all rows"
+    assert padded.home_bytes == 15 * 82 * 14336
 
 
 def first_row(batch: Batch) -> Batch:

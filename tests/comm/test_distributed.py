@@ -97,7 +97,7 @@ def moe_layer(
         all_TW = lane.gather_rows(share_tW.to(torch.float8_e4m3fn), shares)
         row_t = order_T.split(list(shares))[lane.rank]
         results += [to_bytes(partial_TW), to_bytes(share_tW), to_bytes(all_TW)]
-    num_experts = 3 if step == 1 else len(HOMES[exchange._comm.size])
+    num_experts = 3 if step == 1 else len(HOMES[exchange.comm.size])
     first_t = row_t % num_experts
     expert_tK = torch.stack((first_t, (first_t + 2) % num_experts), dim=1)
     work, ticket = exchange.dispatch(0, share_tW, expert_tK)

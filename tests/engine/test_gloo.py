@@ -1,13 +1,17 @@
 """Ranks in processes over gloo give the bits of ranks in threads: tokens and logprobs, in any layout.
 
-Run as a script this file is one rank, of one layout after another: PORT WORLD_RANK MODEL_DIR OUT.
+Whether these exchange tokens exactly, or in frames in which a skewed router's rows do not always fit: threads
+exchange them exactly. Run as a script this file is one rank, of one run after another: PORT WORLD_RANK
+MODEL_DIR SKEWED_MODEL_DIR OUT.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -17,7 +21,7 @@ from k2dist.comm import DistCommunicator, host_store, join_store
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld, RankComms, RankRuntime, RankSpec
 from k2dist.ids import Generation, RequestId, WorldRank
-from k2dist.messages import Event, Request, Sampling
+from k2dist.messages import Event, Message, Request, Sampling
 from k2dist.parallel import Layout, first_layout
 from k2dist.scheduler import Limits
 
@@ -30,10 +34,36 @@ LAYOUTS = {  # (lanes, tp, expert_only_ranks)
     "a lane of tp 2 and two ranks with experts alone": (1, 2, 2),
     "4 lanes, two without work": (4, 1, 0),
 }
-LIMITS = Limits(step_tokens=32, chunk_tokens=16, max_running=4, max_waiting=16)
+FORMS = ("exact", "padded")
+RUNS = tuple(product(LAYOUTS, FORMS))
 PAGE_TOKENS, NUM_PAGES = 16, 32
-SAMPLING = Sampling(temperature=0.8, seed=7, max_tokens=6, ignore_eos=True, logprobs=2)
-PROMPTS = tuple(tuple((11 * i + 5 * j * j + 3) % 250 for j in range(n)) for i, n in enumerate((1, 40, 3)))
+# By form. A frame for hardly any rows still has room for 11 pairs by chance. Of 16 skewed sequences a rank
+# sends 12 or 24 to one rank, until some have ended.
+LIMITS = {
+    "exact": Limits(step_tokens=32, chunk_tokens=16, max_running=4, max_waiting=16),
+    "padded": Limits(step_tokens=32, chunk_tokens=16, max_running=16, max_waiting=16),
+}
+FACTORS = {"exact": None, "padded": 0.01}
+LENGTHS = {"exact": (1, 40, 3), "padded": (2,) * 16}
+
+
+class Brought(Message, frozen=True, kw_only=True):
+    """What came of one run on one rank."""
+
+    events: list[Event]
+    num_steps_padded: int
+    num_overflows: int
+
+
+def requests(form: str) -> list[Request]:
+    return [
+        Request(
+            request_id=RequestId(str(i)),
+            prompt=tuple((11 * i + 5 * j * j + 3) % 250 for j in range(num_tokens)),
+            sampling=Sampling(temperature=0.8, seed=7, max_tokens=6 + i % 3, ignore_eos=True, logprobs=2),
+        )
+        for i, num_tokens in enumerate(LENGTHS[form])
+    ]
 
 
 def layout(name: str, model_dir: Path) -> Layout:
@@ -62,8 +92,9 @@ class StoreBells:
             self._runtime.ring(epoch)
 
 
-def run_rank(port: int, world_rank: WorldRank, model_dir: Path, name: str, number: int) -> list[Event]:
-    """One rank of one layout until every lane is done; the events of its lane, if it is the first of one."""
+def run_rank(port: int, world_rank: WorldRank, model_dir: Path, number: int) -> Brought:
+    """One rank of one run until every lane is done; the events of its lane, if it is the first of one."""
+    name, form = RUNS[number]
     world = layout(name, model_dir)
     store = join_store(ADDRESS, port, DEADLINE_S)
 
@@ -95,7 +126,8 @@ def run_rank(port: int, world_rank: WorldRank, model_dir: Path, name: str, numbe
             world_rank=world_rank,
             page_tokens=PAGE_TOKENS,
             num_pages=NUM_PAGES,
-            limits=LIMITS,
+            limits=LIMITS[form],
+            capacity_factor=FACTORS[form],
         )
     )
     runtime.load()
@@ -104,35 +136,40 @@ def run_rank(port: int, world_rank: WorldRank, model_dir: Path, name: str, numbe
     steps.start()
     events: list[Event] = []
     if runtime.port is not None:
-        mine = [i for i in range(len(PROMPTS)) if lane_of(i, world.num_lanes) == lane]
-        requests = tuple(
-            Request(request_id=RequestId(str(i)), prompt=PROMPTS[i], sampling=SAMPLING) for i in mine
+        mine = tuple(
+            request for i, request in enumerate(requests(form)) if lane_of(i, world.num_lanes) == lane
         )
-        assert all(not reply.error for reply in runtime.port.admit(requests))
+        assert all(not reply.error for reply in runtime.port.admit(mine))
         while sum(event.finish is not None for event in events) < len(mine):
             events += runtime.port.events(len(events), DEADLINE_S).events
         if store.add(f"{number}/done", 1) == world.num_lanes:
             runtime.stop()  # takes all others along
     steps.join()
-    return events
+    stats = runtime.stats()
+    return Brought(events=events, num_steps_padded=stats.num_steps_padded, num_overflows=stats.num_overflows)
 
 
-def main(port: str, world_rank: str, model_dir: str, out: str) -> None:
-    events = {
-        name: run_rank(int(port), WorldRank(int(world_rank)), Path(model_dir), name, number)
-        for number, name in enumerate(LAYOUTS)
-    }
-    Path(out).write_bytes(msgspec.msgpack.encode(events))
+def main(port: str, world_rank: str, model_dir: str, skewed_model_dir: str, out: str) -> None:
+    model_dirs = {"exact": Path(model_dir), "padded": Path(skewed_model_dir)}
+    brought = [
+        run_rank(int(port), WorldRank(int(world_rank)), model_dirs[form], number)
+        for number, (_, form) in enumerate(RUNS)
+    ]
+    Path(out).write_bytes(msgspec.msgpack.encode(brought))
 
 
 @pytest.fixture(scope="module")
-def gloo_events(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Event]]:
-    """The events of all lanes, by layout."""
+def brought(
+    tiny_model_dir: Path, skewed_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], list[Brought]]:
+    """By run, then by rank."""
     store, out = host_store(ADDRESS), tmp_path_factory.mktemp("gloo")
+    model_dirs = (str(tiny_model_dir), str(skewed_model_dir))
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(store.port), str(w), str(tiny_model_dir), str(out / str(w))],
-            env={"OMP_NUM_THREADS": "1", "PATH": ""},
+            [sys.executable, __file__, str(store.port), str(w), *model_dirs, str(out / str(w))],
+            # The code of this checkout, whichever one is installed.
+            env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for w in range(NUM_RANKS)
     ]
@@ -142,24 +179,38 @@ def gloo_events(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         for rank in ranks:
             rank.kill()
             rank.wait()
-    decoder = msgspec.msgpack.Decoder(dict[str, list[Event]])
+    decoder = msgspec.msgpack.Decoder(list[Brought])
     by_rank = [decoder.decode((out / str(w)).read_bytes()) for w in range(NUM_RANKS)]
-    return {name: [event for events in by_rank for event in events[name]] for name in LAYOUTS}
+    return dict(zip(RUNS, map(list, zip(*by_rank, strict=True)), strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gloo_gives_the_bits_of_threads(
-    name: str, gloo_events: dict[str, list[Event]], tiny_model_dir: Path
+    name: str,
+    form: str,
+    brought: dict[tuple[str, str], list[Brought]],
+    tiny_model_dir: Path,
+    skewed_model_dir: Path,
 ) -> None:
-    world = layout(name, tiny_model_dir)
+    model_dir = tiny_model_dir if form == "exact" else skewed_model_dir
+    world, asked = layout(name, model_dir), requests(form)
     with LocalWorld(
-        tiny_model_dir, world, limits=LIMITS, page_tokens=PAGE_TOKENS, num_pages=NUM_PAGES
+        model_dir, world, limits=LIMITS[form], page_tokens=PAGE_TOKENS, num_pages=NUM_PAGES
     ) as threads:
-        expected = threads.generate(PROMPTS, SAMPLING, lane_of=lambda i: lane_of(i, world.num_lanes))
+        expected = threads.generate(
+            [request.prompt for request in asked],
+            [request.sampling for request in asked],
+            lane_of=lambda i: lane_of(i, world.num_lanes),
+        )
+    ranks = brought[name, form]
     for i, output in enumerate(expected):
-        events = [event for event in gloo_events[name] if event.request_id == str(i)]
+        events = [event for rank in ranks for event in rank.events if event.request_id == str(i)]
         assert [token_id for event in events for token_id in event.token_ids] == output.token_ids
         assert [logprob for event in events for logprob in event.logprobs] == output.logprobs
+    assert len({(rank.num_steps_padded, rank.num_overflows) for rank in ranks}) == 1, "all repeat alike"
+    if form == "padded":
+        assert 0 < ranks[0].num_overflows < ranks[0].num_steps_padded, "frames that fit, and that did not"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from k2dist.comm import Capacity, StepAgreement
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.engine.device_thread import DeviceThread
@@ -81,17 +82,17 @@ def test_a_step_is_planned_and_agreed_on_while_the_one_before_computes(
     launches: dict[int, int] = {}  # by step
     is_next_launched = threading.Event()
 
-    def hold(steps: Steps, batch: Batch) -> Tensor:
+    def hold(steps: Steps, batch: Batch, capacity: Capacity | None) -> Tensor:
         nonlocal num_held
         if steps._device is held:
             num_held += 1
             if num_held == 4:
                 assert is_next_launched.wait(20), "nobody planned the next step meanwhile"
-        return hidden(steps, batch)
+        return hidden(steps, batch, capacity)
 
-    def note(steps: Steps, plan: StepPlan, before: Step | None) -> Step:
+    def note(steps: Steps, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         nonlocal num_forwards
-        launched = forward(steps, plan, before)
+        launched = forward(steps, plan, before, agreed)
         if steps._device is held:
             num_forwards += 1
         launches[plan.step] = launches.get(plan.step, 0) + 1
@@ -169,9 +170,9 @@ def test_prompts_are_computed_in_the_same_steps_on_all_lanes(
     kinds: dict[int, set[bool]] = {}
     forward = Steps.forward
 
-    def note(steps: Steps, plan: StepPlan, before: Step | None) -> Step:
+    def note(steps: Steps, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         kinds.setdefault(plan.step, set()).update(steps._sequences.is_prompt(grant) for grant in plan.grants)
-        return forward(steps, plan, before)
+        return forward(steps, plan, before, agreed)
 
     monkeypatch.setattr(Steps, "forward", note)
     prompts = [list(range(1 + i, 60 + i)) for i in range(8)]

@@ -33,6 +33,19 @@ def test_no_rows_and_no_slots() -> None:
     assert grouped_gemm.reference(torch.empty(0, 40), torch.tensor([0]), some, torch.float32).shape == (0, 24)
 
 
+def test_rows_behind_the_counts_are_neither_read_nor_computed() -> None:
+    """And on a rank without slots that is all of them."""
+    grouped = grouped_gemm.prepare_grouped([(StoredWeight(torch.randn(24, 40)),) for _ in range(3)], 24)
+    counts_e, x_MK = torch.tensor([2, 0, 19]), torch.randn(30, 40)
+    wanted = grouped_gemm.reference(x_MK[:21], counts_e, grouped, torch.float32)
+    x_MK[21:] = torch.nan
+    y_MN = grouped_gemm.reference(x_MK, counts_e, grouped, torch.float32)
+    assert torch.equal(y_MN[:21], wanted)
+    assert y_MN[21:].isnan().all(), "whoever reads them is found"
+    none = grouped_gemm.prepare_grouped([], 24)
+    assert grouped_gemm.reference(x_MK, counts_e[:0], none, torch.bfloat16).isnan().all()
+
+
 def test_rows_stand_alone(rows_stand_alone: RowsStandAlone) -> None:
     """Which rows share a slot changes from call to call, and with it their place in a tile."""
     grouped = grouped_gemm.prepare_grouped([(StoredWeight(torch.randn(24, 40)),) for _ in range(3)], 24)
