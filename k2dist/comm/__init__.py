@@ -5,6 +5,7 @@ from k2dist.comm.alone import Alone
 from k2dist.comm.communicator import Communicator
 from k2dist.comm.distributed import DistCommunicator
 from k2dist.comm.exchange import Dispatched, Exchange, Ticket
+from k2dist.comm.rehearsal import PeerRows, RehearsalCommunicator, RehearsalWorld
 from k2dist.comm.rendezvous import host_store, join_store
 from k2dist.comm.threads import ThreadCommunicator, thread_group, thread_world
 
@@ -14,6 +15,9 @@ __all__ = [
     "Dispatched",
     "DistCommunicator",
     "Exchange",
+    "PeerRows",
+    "RehearsalCommunicator",
+    "RehearsalWorld",
     "StepAgreement",
     "ThreadCommunicator",
     "Ticket",
