@@ -117,8 +117,8 @@ def _heading(report: RehearsalReport) -> Iterator[str]:
     )
     if r.num_layers < r.of_layers:
         yield (
-            f"{r.num_layers} of {r.of_layers} layers ran, in {r.measured_ms:,.1f} ms ({r.measured_ms_min:,.1f} "
-            f"to {r.measured_ms_max:,.1f}); below, each part is scaled up to all layers"
+            f"{r.num_layers} of {r.of_layers} layers ran, in {r.measured_ms:,.1f} ms "
+            f"({r.measured_ms_min:,.1f} to {r.measured_ms_max:,.1f}); parts are scaled up to all layers"
         )
 
 
@@ -157,8 +157,9 @@ def _exchanged(report: RehearsalReport) -> Iterator[str]:
         f"{moved.slots_hit:.1f} of {moved.slots} slots"
     )
     yield (
-        f"other ranks, a step: {moved.bytes_sent / 1e6:,.2f} MB to them, {moved.bytes_received / 1e6:,.2f} MB "
-        f"from them; making these up took {report.aside_ms:,.1f} ms, which is in no figure"
+        f"other ranks, a step: {moved.bytes_sent / 1e6:,.2f} MB to them, "
+        f"{moved.bytes_received / 1e6:,.2f} MB from them; making these up took {report.aside_ms:,.1f} ms, "
+        f"which is in no figure"
     )
 
 
@@ -166,8 +167,8 @@ def _rates(report: RehearsalReport) -> Iterator[str]:
     c = report.ceilings
     float8 = f", float8 taken as {c.float8_flops_per_s / 1e12:,.3f}"
     yield (
-        f"ceilings here: read {c.read_bytes_per_s / 1e9:,.1f} GB/s, copy {c.copy_bytes_per_s / 1e9:,.1f} GB/s, "
-        f"bfloat16 {c.bf16_flops_per_s / 1e12:,.3f} TFLOP/s"
+        f"ceilings here: read {c.read_bytes_per_s / 1e9:,.1f} GB/s, "
+        f"copy {c.copy_bytes_per_s / 1e9:,.1f} GB/s, bfloat16 {c.bf16_flops_per_s / 1e12:,.3f} TFLOP/s"
         f"{float8 if c.float8_flops_per_s != c.bf16_flops_per_s else ''}"
     )
     yield (

@@ -13,10 +13,12 @@ from k2dist.planner.memory import plan_memory
 from k2dist.planner.rank_memory import RankMemory
 from k2dist.planner.terms import Terms
 
+EMBEDDING = "model.embed_tokens.weight"
+
 
 class LayerFit(Message, frozen=True, kw_only=True):
-    """A rank with the first `num_layers` layers. `laying_out`: bytes of one layer as published, which are
-    there besides what it holds while it is laid out."""
+    """A rank with the first `num_layers` layers. `laying_out`: bytes of one layer, or of the head, as
+    published: they are there besides what it holds while that is laid out."""
 
     num_layers: int
     memory: RankMemory
@@ -47,12 +49,13 @@ def fit_of(
     few, few_layout = first_layers(architecture, layout, num_layers)
     memory = plan_memory(few, few_layout, terms).ranks[world_rank]
     fewest, fewest_layout = first_layers(architecture, layout, fewest_layers(architecture))
-    by_layer = reads_by_layer(shard_plan(fewest, fewest_layout, world_rank).reads)
+    # The embedding is held as it is published.
+    reads = [read for read in shard_plan(fewest, fewest_layout, world_rank).reads if read.name != EMBEDDING]
     return LayerFit(
         num_layers=num_layers,
         memory=memory,
         num_pages=num_pages if memory.lane is not None else 0,
-        laying_out=max(sum(read.num_bytes for read in reads) for reads in by_layer.values()),
+        laying_out=max(sum(read.num_bytes for read in part) for part in reads_by_layer(reads).values()),
     )
 
 
