@@ -1,7 +1,7 @@
 """A rank's part of a checkpoint that does not exist: the tensors of a shard plan, made up on the device.
 
-A hundred billion random numbers take minutes to draw, and copying takes a second: values are drawn once, into
-two pools of 2^22 and some, and every tensor is a run of a pool, from a place that follows from its name.
+To draw a hundred billion random numbers takes minutes, to copy them a second: values are drawn once, into a
+pool of 2^22 and some, and every tensor is a run of it in its dtype, from a place that follows from its name.
 
 Before their scales, float8 weights have a quarter of the largest float8 for a standard deviation, about as
 after quantising.
@@ -33,8 +33,9 @@ class RandomShard:
         self._scale_block = scale_block
         self._device = device
         generator = torch.Generator(device).manual_seed(seed)
-        self._pool = torch.randn(_POOL_SIZE, generator=generator, device=device)
-        scaled = (self._pool * _FLOAT8_DEVIATION).clamp_(-E4M3_MAX, E4M3_MAX)
+        pool = torch.randn(_POOL_SIZE, generator=generator, device=device)
+        self._pools = {torch.float32: pool, torch.bfloat16: pool.to(torch.bfloat16)}
+        scaled = (pool * _FLOAT8_DEVIATION).clamp_(-E4M3_MAX, E4M3_MAX)
         self._float8_pool = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
     def tensors(self, reads: Iterable[TensorRead]) -> dict[str, Tensor]:
@@ -42,9 +43,9 @@ class RandomShard:
         return {read.name: self._tensor(read) for read in reads}
 
     def normal(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Values of mean 0 and standard deviation 1."""
+        """Values of mean 0 and standard deviation 1, bfloat16 or float32."""
         x = torch.empty(shape, dtype=dtype, device=self._device)
-        _fill(x.view(-1), self._pool.to(dtype), name)
+        _fill(x.view(-1), self._pools[dtype], name)
         return x
 
     def _tensor(self, read: TensorRead) -> Tensor:

@@ -19,6 +19,8 @@ from k2dist.errors import UsageError
 from k2dist.parallel import configured_layout
 from k2dist.planner.memory import GB, gb
 
+_WIDTH = 100  # of the widest table; where there is no terminal rich takes 80
+
 if TYPE_CHECKING:  # with torch
     from k2dist.rehearsal.report import PartTime, RehearsalReport
 
@@ -79,7 +81,7 @@ def rehearse(
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
     else:
-        _print(report, Console(soft_wrap=True))
+        _print(report, Console(width=max(Console().width, _WIDTH), soft_wrap=True))
 
 
 def _device(asked: str | None) -> str:

@@ -57,7 +57,7 @@ class _Steps:
 
     @property
     def median(self) -> StepTimes:
-        return sorted(self.times, key=lambda times: times.step_s)[len(self.times) // 2]
+        return sorted(self.times, key=lambda times: times.step_s)[(len(self.times) - 1) // 2]
 
 
 def check_rehearsal(rehearsal: Rehearsal, architecture: Architecture, layout: Layout) -> None:

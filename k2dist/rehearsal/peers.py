@@ -34,10 +34,9 @@ def made_up_peers(
     seed: int,
     device: torch.device,
 ) -> list[PeerRows]:
-    """Of each MoE layer of `layout`; always the same for equal arguments."""
+    """Of each MoE layer of `layout`. For equal arguments the same; for another rank, of the same world."""
     shares = even_shares(lane_rows, layout.tp)
     rows_R = [0 if rank.tp_rank is None else shares[rank.tp_rank] for rank in layout.ranks]
-    rows_R[world_rank] = 0
     source_N = torch.arange(layout.world_size).repeat_interleave(torch.tensor(rows_R))
     num_layers = len(layout.place(world_rank).experts)
     num_draws = min(num_layers, max(1, _DRAWN_MAX // max(len(source_N) * num_experts, 1)))
@@ -50,7 +49,7 @@ def made_up_peers(
         expert_NK = draws[layer % num_draws]
         is_here_NK = rank_RE[source_N[:, None], expert_NK] == world_rank
         slot_NK = torch.where(is_here_NK, slot_RE[source_N[:, None], expert_NK], -1)
-        comes_N = is_here_NK.any(1)
+        comes_N = is_here_NK.any(1) & (source_N != world_rank)  # its own rows are real
         counts = source_N[comes_N].bincount(minlength=layout.world_size).tolist()
         peers.append(PeerRows(tuple(counts), slot_NK[comes_N].to(torch.int32).contiguous().to(device)))
     return peers
