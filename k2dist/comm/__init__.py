@@ -5,6 +5,7 @@ from k2dist.comm.alone import Alone
 from k2dist.comm.communicator import Communicator
 from k2dist.comm.distributed import DistCommunicator
 from k2dist.comm.exchange import Dispatched, Exchange, Ticket
+from k2dist.comm.nccl import NcclCommunicator
 from k2dist.comm.rehearsal import PeerRows, RehearsalCommunicator, RehearsalWorld
 from k2dist.comm.rendezvous import host_store, join_store
 from k2dist.comm.threads import ThreadCommunicator, thread_group, thread_world
@@ -15,6 +16,7 @@ __all__ = [
     "Dispatched",
     "DistCommunicator",
     "Exchange",
+    "NcclCommunicator",
     "PeerRows",
     "RehearsalCommunicator",
     "RehearsalWorld",
