@@ -26,6 +26,10 @@ def say(*arguments: str) -> str:
     return result.output
 
 
+def rehearsed(*arguments: str) -> Any:
+    return msgspec.json.decode(say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, *arguments, "--json"))
+
+
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The large memory that is read, made small: here it is not the figures that count."""
@@ -99,5 +103,5 @@ def test_too_little_memory_is_refused_with_the_sum(monkeypatch: pytest.MonkeyPat
 
 def test_as_many_layers_as_fit_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "usable_bytes", lambda device: 10**12)
-    found: Any = msgspec.json.decode(say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, "--json"))
+    found = rehearsed()
     assert found["num_layers"] == 3
