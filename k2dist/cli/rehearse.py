@@ -115,12 +115,12 @@ def _heading(report: RehearsalReport) -> Iterator[str]:
     load = r.load
     yield (
         f"each lane: {load.decode} sequences decode at {load.context:,} keys, {load.prompt_tokens:,} prompt "
-        f"rows; expert skew {load.skew:g}; median of {r.num_timed} steps"
+        f"rows; expert skew {load.skew:g}; medians of {r.num_timed} steps"
     )
     if r.num_layers < r.of_layers:
         yield (
             f"{r.num_layers} of {r.of_layers} layers ran, in {r.measured_ms:,.1f} ms "
-            f"({r.measured_ms_min:,.1f} to {r.measured_ms_max:,.1f}); parts are scaled up to all layers"
+            f"(whole steps: {r.measured_ms_min:,.1f} to {r.measured_ms_max:,.1f}); below, parts are scaled up"
         )
 
 

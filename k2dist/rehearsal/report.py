@@ -9,7 +9,8 @@ from k2dist.rehearsal.parts import Part
 
 
 class PartTime(Message, frozen=True, kw_only=True):
-    """One part of the median step. `of_layers` / `layers` is what it was scaled by; 1 / 1: it ran whole."""
+    """One part of a step, the median of the timed ones. `of_layers` / `layers` is what it was scaled by;
+    1 / 1: it ran whole."""
 
     part: Part
     layers: int
@@ -64,9 +65,9 @@ class RehearsalReport(Message, frozen=True, kw_only=True):
     of_layers: int
     load: Load
     num_timed: int
-    step_ms: float  # median, whole model
-    measured_ms: float  # median, of the layers that ran
-    measured_ms_min: float
+    step_ms: float  # the sum of the parts, whole model
+    measured_ms: float  # likewise, in the layers that ran
+    measured_ms_min: float  # of a whole step, in the layers that ran
     measured_ms_max: float
     aside_ms: float
     parts: tuple[PartTime, ...]
