@@ -70,7 +70,8 @@ class RankActor:
         config = self._world.config
         device = self._loaded().device
         if device.type == "cuda":
-            os.environ.update(ENVIRONMENT)
+            for name, value in ENVIRONMENT.items():
+                os.environ[name] = value
         comms = join_groups(
             meeting,
             self._world.layout,

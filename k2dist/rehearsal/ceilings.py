@@ -44,6 +44,16 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     )
 
 
+def best_of(one: Ceilings, other: Ceilings) -> Ceilings:
+    """What something else on the machine took from one measurement, the other may have had."""
+    return Ceilings(
+        read_bytes_per_s=max(one.read_bytes_per_s, other.read_bytes_per_s),
+        copy_bytes_per_s=max(one.copy_bytes_per_s, other.copy_bytes_per_s),
+        bf16_flops_per_s=max(one.bf16_flops_per_s, other.bf16_flops_per_s),
+        float8_flops_per_s=max(one.float8_flops_per_s, other.float8_flops_per_s),
+    )
+
+
 def _fastest_s(work: Callable[[], object], device: torch.device) -> float:
     fastest_s = float("inf")
     for _ in range(_NUM_TRIES):

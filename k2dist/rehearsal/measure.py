@@ -18,7 +18,7 @@ from k2dist.parallel import Layout
 from k2dist.planner import Terms, configured_terms, plan_memory, reference_form, served_form
 from k2dist.planner.fewer_layers import LayerFit, fewest_layers, first_layers, fit_of, most_layers
 from k2dist.planner.memory import arithmetic, gb
-from k2dist.rehearsal.ceilings import Ceilings, measure_ceilings
+from k2dist.rehearsal.ceilings import Ceilings, best_of, measure_ceilings
 from k2dist.rehearsal.floor import Floor
 from k2dist.rehearsal.load import Load
 from k2dist.rehearsal.memory import held_bytes, peak_of, usable_bytes
@@ -97,7 +97,7 @@ def check_rehearsal(rehearsal: Rehearsal, architecture: Architecture, layout: La
 
 def num_notes(rehearsal: Rehearsal, num_layers: int) -> int:
     """How often `run` says that it has come on."""
-    return 1 + num_layers + rehearsal.load.num_steps
+    return 2 + num_layers + rehearsal.load.num_steps
 
 
 def fit(rehearsal: Rehearsal, architecture: Architecture, layout: Layout) -> LayerFit:
@@ -132,13 +132,13 @@ def run(
     stage: Callable[[str], None] = lambda text: None,
     note: Note = lambda: None,
 ) -> RehearsalReport:
-    """Measure the ceilings, make up the rank, take its steps."""
+    """Make up the rank, take its steps; the ceilings are measured before and after."""
     device = torch.device(rehearsal.device)
     kernels = select_kernels(rehearsal.kernels, rehearsal.cluster.dtype)
     few, few_layout = first_layers(architecture, layout, fitted.num_layers)
     with torch.inference_mode():
         stage("ceilings")
-        ceilings = measure_ceilings(device)
+        before = measure_ceilings(device)
         note()
         stage("weights")
         rank = RehearsedRank(
@@ -153,6 +153,9 @@ def run(
         )
         stage("steps")
         steps = _take_steps(rank, rehearsal.load, device, note)
+        stage("ceilings")
+        ceilings = best_of(before, measure_ceilings(device))
+        note()
     floor = Floor(few, layout.tp, kernels.return_dtype.itemsize, ceilings).parts_s(rank.work, steps.traffic)
     parts = tuple(_part_time(part, steps.median, floor[part], few, architecture) for part in Part)
     return _report(rehearsal, architecture, layout, fitted, kernels, rank, steps, parts, ceilings)
