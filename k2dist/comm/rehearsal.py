@@ -83,6 +83,7 @@ class RehearsalWorld(RehearsalCommunicator):
         super().__init__(rank, size, aside)
         self._peers = tuple(peers)
         self._sample_SB = to_bytes(sample_SW)
+        self.num_rows_sent = 0  # to other ranks, since the start; outputs on their way home not counted
         self._num_dispatches = 0
         self._are_coming_home = False
 
@@ -115,6 +116,7 @@ class RehearsalWorld(RehearsalCommunicator):
         More places than a peer has rows stay as -1: nobody's.
         """
         self._count(send, recv, x_NB.shape[1])
+        self.num_rows_sent += sum(send) - send[self._rank]
         peers, row_bytes = self._now(), self._sample_SB.shape[1]
         arrived_NB = torch.empty(sum(recv), x_NB.shape[1], dtype=torch.uint8, device=x_NB.device)
         arrived_NB[:, row_bytes:] = 255  # -1 in every slot

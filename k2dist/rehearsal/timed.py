@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from k2kernels import KernelSet, Rule
 from torch import Tensor
 
-from k2dist.comm import Communicator, Dispatched, Exchange, Ticket
+from k2dist.comm import Dispatched, Exchange, RehearsalWorld, Ticket
 from k2dist.config import Architecture
 from k2dist.ids import SlotId, WorldRank
 from k2dist.rehearsal.parts import Part, Stopwatch
@@ -40,20 +40,24 @@ class TimedExchange(Exchange):
     """An `Exchange` that cuts."""
 
     def __init__(
-        self, comm: Communicator, homes: Sequence[Sequence[tuple[WorldRank, SlotId]]], stopwatch: Stopwatch
+        self,
+        world: RehearsalWorld,
+        homes: Sequence[Sequence[tuple[WorldRank, SlotId]]],
+        stopwatch: Stopwatch,
     ) -> None:
-        super().__init__(comm, homes)
+        super().__init__(world, homes)
+        self._world = world
         self._stopwatch = stopwatch
         # Counts stay on the device until somebody asks: looking at them would hold up the step.
         self._moved: list[tuple[Traffic, Tensor]] = []
 
     def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
-        sent_before = self.num_rows_sent
+        sent_before = self._world.num_rows_sent
         work, ticket = super().dispatch(moe_layer, rows_TW, expert_TK)
         self._stopwatch.cut(Part.DISPATCH)
         moved = Traffic(
             num_rows=len(rows_TW),
-            rows_sent=self.num_rows_sent - sent_before,
+            rows_sent=self._world.num_rows_sent - sent_before,
             rows_arrived=len(work.rows_NW),
             row_bytes=rows_TW.shape[1] * rows_TW.element_size() + _SLOT_BYTES * expert_TK.shape[1],
             pairs=len(work.row_M),
