@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +26,17 @@ def random_tensors(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     }
 
 
+def spread(name: str, shape: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the values of a published tensor of `shape`."""
+    if name == "model.embed_tokens.weight":
+        return 0.0, 1.0
+    if name.endswith("norm.weight"):
+        return 1.0, 0.1
+    if name.endswith("e_score_correction_bias"):
+        return 0.0, 0.1
+    return 0.0, 1.0 / math.sqrt(shape[-1])
+
+
 def _draw(tensor: Published, generator: torch.Generator) -> Tensor:
-    x = torch.randn(tensor.shape, generator=generator)
-    if tensor.name == "model.embed_tokens.weight":
-        return x
-    if tensor.name.endswith("norm.weight"):
-        return 1.0 + 0.1 * x
-    if tensor.name.endswith("e_score_correction_bias"):
-        return 0.1 * x
-    return x / math.sqrt(tensor.shape[-1])
+    mean, deviation = spread(tensor.name, tensor.shape)
+    return torch.randn(tensor.shape, generator=generator).mul_(deviation).add_(mean)

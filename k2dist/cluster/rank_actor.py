@@ -74,13 +74,19 @@ class RankActor:
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
         """Become a member of all groups of a generation; `peers` are all rank actors. Errors: PeerError."""
         from k2dist.cluster.groups import join_groups
+        from k2dist.comm.nccl import ENVIRONMENT
 
         config = self._world.config
+        device = self._loaded().device
+        if device.type == "cuda":
+            for name, value in ENVIRONMENT.items():
+                os.environ[name] = value
         comms = join_groups(
             meeting,
             self._world.layout,
             self._world_rank,
             address=listen_address(config.network.address),
+            device=device,
             deadlines=config.deadlines,
         )
         self._loaded().join(comms, _ActorBells(peers), meeting.generation)

@@ -1,54 +1,31 @@
 """A group of processes over torch.distributed's gloo, made explicitly: no default group, no environment.
 
-Gloo gives no way to end a call under way. So each call is awaited in slices; between slices the fence and the
-deadline are looked at, and a call that is given up on is left to a thread until gloo's own timeout ends it.
-
-Legend: N rows, B bytes of a row.
+Gloo gives no way to end a call under way: one that is given up on ends at gloo's own timeout.
 """
 
 from __future__ import annotations
 
-import re
-import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 import torch
-from torch import Tensor
 from torch.distributed import (  # type: ignore[attr-defined]  # the stubs do not re-export the stores
-    PrefixStore,
     ProcessGroupGloo,
     Store,
     Work,
 )
 
-from k2dist.comm.mesh import MeshCommunicator
-from k2dist.comm.roll_call import RollCall
-from k2dist.errors import ConfigError, FencedError, PeerError
+from k2dist.comm.processes import SLICE_S, Group, ProcessCommunicator, cause
+from k2dist.errors import ConfigError, PeerError
 from k2dist.ids import Generation
 
-_SLICE_S = 0.1  # a fence is noticed within this
-_JOINED = "joined"
 
+class DistCommunicator(ProcessCommunicator):
+    """A `ProcessCommunicator` for rows on the CPU. `address` is where this process listens.
 
-class _Group(Protocol):
-    """The one operation used of a process group, which the stubs leave out."""
-
-    def alltoall_base(self, out_NB: Tensor, x_NB: Tensor, recv: list[int], send: list[int], /) -> Work: ...
-
-
-class DistCommunicator(MeshCommunicator):
-    """One process's place in one group of one generation. `fence` ends the group for this process alone:
-    its peers see a `PeerError` unless they are fenced too.
-
-    Constructing it is collective: all members must, within `join_deadline_s`. Calls belong to one thread,
-    each ends within `deadline_s`. `address` is where this process listens, `members` are world ranks in group
-    order, `name` tells groups of one generation apart. Sizes from 1 up.
-
-    Errors of every call: PeerError, with the world ranks that are late or dead; FencedError. Either ends the
-    group: later calls raise the same. Of construction: PeerError, ConfigError for an address not ours.
+    Errors of construction besides: ConfigError for an address not ours.
     """
 
     def __init__(
@@ -63,118 +40,46 @@ class DistCommunicator(MeshCommunicator):
         deadline_s: float,
         join_deadline_s: float,
     ) -> None:
-        super().__init__(list(members).index(world_rank), len(members))
-        self._name = f"group {name} of generation {generation}"
-        # The last part of a deadline goes to asking who is late, so that call and answer fit in it.
-        self._ask_s = min(1.0, deadline_s / 4)
-        self._wait_s = deadline_s - self._ask_s
-        self._deadline_s = deadline_s
-        self._num_calls = 0
-        self._fenced = threading.Event()
-        self._ended: PeerError | None = None
-        here = PrefixStore(f"k2dist/{generation}/{name}", store)
-        self._roll_call = RollCall(here, members, self._rank)
-        self._await_members(join_deadline_s)
-        self._group: _Group | None = _connect(here, self._rank, self._size, address, deadline_s)
-
-    def fence(self) -> None:
-        self._fenced.set()
-
-    def _swap(self, x_NB: Tensor, send: Sequence[int], recv: Sequence[int], call: str) -> Tensor:
-        where = f"{call}, call {self._num_calls} of {self._name}"
-        if self._fenced.is_set():
-            self._end(None)
-        if self._ended is not None:
-            raise self._ended
-        if self._group is None:
-            raise FencedError(f"{where}: fenced: join the next generation")
-        out_NB = torch.empty(sum(recv), x_NB.shape[1], dtype=torch.uint8)
-        try:
-            work = self._group.alltoall_base(out_NB, x_NB, list(recv), list(send))
-            self._await(work, where)
-        except RuntimeError as error:  # all that gloo ever raises
-            self._end(None)
-            self._ended = self._peer_error(f"{where}: the connection broke ({_cause(error)})")
-            raise self._ended from error
-        self._num_calls += 1
-        return out_NB
-
-    def _await(self, work: Work, where: str) -> None:
-        """Wait for one call. Errors: FencedError; PeerError: given up on; RuntimeError: it failed."""
-        started_s = time.monotonic()
-        has_reported = False
-        while not _is_done(work, min(_SLICE_S, self._ask_s / 2)):
-            waited_s = time.monotonic() - started_s
-            if self._fenced.is_set():
-                self._roll_call.report(str(self._num_calls))  # or peers would take this rank for a late one
-                self._end(work)
-                raise FencedError(f"{where}: fenced while waiting: join the next generation")
-            if waited_s >= self._wait_s:
-                self._end(work)
-                self._ended = self._peer_error(f"{where}: not complete within {self._deadline_s:g} s")
-                raise self._ended
-            if waited_s >= self._ask_s / 2 and not has_reported:
-                # Whoever gives up on this call first will ask who was here.
-                self._roll_call.report(str(self._num_calls))
-                has_reported = True
-
-    def _peer_error(self, message: str) -> PeerError:
-        self._roll_call.report(str(self._num_calls))
-        late = self._roll_call.absent(str(self._num_calls), self._ask_s)
-        names = ", ".join(map(str, late))
-        return PeerError(
-            f"{message}; " + (f"late or dead: rank {names}" if late else "no rank is known late"), late
+        self._address = address
+        super().__init__(
+            store,
+            generation=generation,
+            name=name,
+            members=members,
+            world_rank=world_rank,
+            device=torch.device("cpu"),
+            deadline_s=deadline_s,
+            join_deadline_s=join_deadline_s,
         )
 
-    def _await_members(self, join_deadline_s: float) -> None:
-        self._roll_call.report(_JOINED)
-        absent = self._roll_call.absent(_JOINED, join_deadline_s)
-        if absent:
-            names = ", ".join(map(str, absent))
-            raise PeerError(f"{self._name}: rank {names} did not join within {join_deadline_s:g} s", absent)
+    def _open(self, store: Store, join_deadline_s: float) -> Group:
+        try:  # by address: the default looks the machine's own name up
+            device = ProcessGroupGloo.create_device(hostname=self._address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{self._address} is no address of this machine; give one that peers can reach"
+            ) from error
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [device]
+        options._timeout = timedelta(seconds=self._deadline_s)
+        try:
+            return cast(Group, ProcessGroupGloo(store, self._rank, self._size, options))
+        except RuntimeError as error:
+            raise PeerError(
+                f"no full mesh of {self._size} ranks at {self._address}: {cause(error)}"
+            ) from error
 
-    def _end(self, work: Work | None) -> None:
-        """Let go of the group. Its destructor waits for the call under way: not in the caller's time."""
-        if self._group is not None:
-            leaving = threading.Thread(target=_outlast, args=(self._group, work), daemon=True)
-            self._group = None
-            leaving.start()
+    def _is_done(self, work: Work, slice_s: float) -> bool:
+        try:
+            work.wait(timedelta(seconds=slice_s))
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            work.wait(timedelta(seconds=slice_s))  # raises what it failed of; or it completed this moment
+        return True
 
-
-def _connect(store: Store, rank: int, size: int, address: str, deadline_s: float) -> _Group:
-    try:  # by address: the default looks the machine's own name up
-        device = ProcessGroupGloo.create_device(hostname=address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{address} is no address of this machine; give one that peers can reach"
-        ) from error
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [device]
-    options._timeout = timedelta(seconds=deadline_s)
-    try:
-        return cast(_Group, ProcessGroupGloo(store, rank, size, options))
-    except RuntimeError as error:
-        raise PeerError(f"no full mesh of {size} ranks at {address}: {_cause(error)}") from error
-
-
-def _is_done(work: Work, slice_s: float) -> bool:
-    """Wait one slice. Errors: RuntimeError if the call failed."""
-    try:
-        work.wait(timedelta(seconds=slice_s))
-    except RuntimeError:
-        if not work.is_completed():
-            return False
-        work.wait(timedelta(seconds=slice_s))  # raises what the call failed of; or it completed this moment
-    return True
-
-
-def _outlast(group: _Group, work: Work | None) -> None:
-    """Hold `group` until `work` has ended; gloo ends it at its own timeout."""
-    while work is not None and not work.is_completed():
-        time.sleep(_SLICE_S)
-    del group
-
-
-def _cause(error: RuntimeError) -> str:
-    """What gloo said, less its source file and its advice: "Connection closed by peer [10.0.0.2]:50401"."""
-    return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
+    def _outlast(self, group: Group, work: Work | None) -> None:
+        """The group's destructor waits for the call, so hold it until gloo ends that."""
+        while work is not None and not work.is_completed():
+            time.sleep(SLICE_S)
+        del group

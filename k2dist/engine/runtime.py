@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import torch
 
 from k2dist.cache import PagePool
 from k2dist.checkpoint import load_shard
@@ -126,6 +127,11 @@ class RankRuntime:
         self._num_tokens = 0
         self._step_s_total = 0.0
         self._host_s_total = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are, and so what its groups must carry. Weights are loaded to the CPU so far."""
+        return torch.device("cpu")
 
     # -- from any thread -------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ T rows (0: an idle lane), R of them decode rows, P pages of the longest table am
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,20 @@ class Batch:
     @property
     def device(self) -> torch.device:
         return self.token_T.device
+
+    def to(self, device: torch.device) -> Batch:
+        """The same rows, their tensors on `device`."""
+        return Batch(
+            token_T=self.token_T.to(device),
+            position_T=self.position_T.to(device),
+            write_T=self.write_T.to(device),
+            shares=self.shares,
+            prompts=tuple(replace(p, page_table=p.page_table.to(device)) for p in self.prompts),
+            decode_row_R=self.decode_row_R.to(device),
+            decode_length_R=self.decode_length_R.to(device),
+            decode_page_RP=self.decode_page_RP.to(device),
+            sample_S=self.sample_S.to(device),
+        )
 
     def check(self) -> None:
         """Assert what only a bug of ours could break; a pass over the rows, for tests and debugging."""
