@@ -1,0 +1,173 @@
+"""Weights as the native kernels read them: panels of 16 outputs, float8 kept as it is (`native/abi.h`).
+
+A panel never crosses a row of scale blocks, so it has one scale per block of inputs; parts of one linear
+(gate and up; q_a and kv_a) each have panels of their own, one part after the other.
+
+S slots, P panels, N outputs, K inputs, n and k scale blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k2kernels.fp8_gemm import StoredWeight
+from k2kernels.native.library import BF16, FP8, Packed, load
+
+PANEL = 16
+BLOCK = 128  # of inputs, where no scale sets it
+BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """One linear (S = 1), or many of one shape. `block`: of the activations' scales; None: not quantised.
+
+    data: uint8 [S, P, bytes of a panel]; scale: float32 [S, P, k] or None.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    block: int | None
+    num_outputs: int
+    num_inputs: int
+    packed: _Handle = field(compare=False, repr=False)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.data)
+
+
+class _Handle:
+    """The C structure, and the memory that it points to besides the tensors."""
+
+    def __init__(self, packed: Packed, *kept: object) -> None:
+        self.packed = packed
+        self.pointer = ctypes.pointer(packed)
+        self._kept = kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Panels:
+    """Where panels begin in their part and in the output, and how many rows each has."""
+
+    part: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[int], block: int) -> _Panels:
+        """`rows` of each part, in scale blocks of `block` rows."""
+        entries = []
+        column = 0
+        for part, num_rows in enumerate(rows):
+            for start in range(0, num_rows, block):
+                stop = min(start + block, num_rows)
+                entries += [
+                    (part, row, column + row, min(PANEL, stop - row)) for row in range(start, stop, PANEL)
+                ]
+            column += num_rows
+        part_P, row_P, column_P, width_P = np.array(entries, dtype=np.int32).reshape(-1, 4).T
+        return cls(*(np.ascontiguousarray(x) for x in (part_P, row_P, column_P, width_P)))
+
+
+def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, threads: int) -> PackedLinear:
+    """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes."""
+    if not slots:
+        return _empty(num_outputs)
+    first = slots[0]
+    scaled = first[0].block is not None
+    block = first[0].block or BLOCK
+    assert block <= BLOCK_MAX, f"scale blocks of {block}: the native kernels take at most {BLOCK_MAX}"
+    rows, num_inputs = [len(part.w_NK) for part in first], first[0].w_NK.shape[1]
+    assert sum(rows) == num_outputs, f"{sum(rows)} outputs, not {num_outputs}"
+    panels = _Panels.of(rows, block)
+    num_panels, num_blocks = len(panels.row), -(-num_inputs // block)
+    depth = sum(-(-min(block, num_inputs - k) // 32) * 32 for k in range(0, num_inputs, block))
+    panel_bytes = depth * PANEL * (1 if scaled else 2)
+    data = torch.empty(len(slots), num_panels, panel_bytes, dtype=torch.uint8)
+    load().advise(data.data_ptr(), data.nbytes)
+    scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
+    for s, parts in enumerate(slots):
+        assert [tuple(part.w_NK.shape) for part in parts] == [(n, num_inputs) for n in rows], "slots differ"
+        for number, part in enumerate(parts):
+            assert part.block == first[0].block, "parts of one linear are quantised alike"
+            here = np.flatnonzero(panels.part == number)
+            chosen = slice(int(here[0]), int(here[-1]) + 1)
+            _pack_part(part.w_NK, block, panels, chosen, data[s, chosen], threads, is_fp8=scaled)
+            if scale is not None:
+                scale[s, chosen] = _panel_scales(part, panels, chosen)
+    return _finished(
+        data, scale, first[0].block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels
+    )
+
+
+def _pack_part(
+    w_NK: Tensor, block: int, panels: _Panels, chosen: slice, out: Tensor, threads: int, *, is_fp8: bool
+) -> None:
+    wanted = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
+    assert w_NK.dtype == wanted, f"a weight of {w_NK.dtype}, expected {wanted}"
+    row, width = panels.row[chosen], panels.width[chosen]
+    load().pack(
+        threads,
+        FP8 if is_fp8 else BF16,
+        w_NK.data_ptr(),
+        w_NK.shape[1],
+        *w_NK.stride(),
+        block,
+        len(row),
+        row.ctypes.data,
+        width.ctypes.data,
+        out.shape[1],
+        out.data_ptr(),
+    )
+
+
+def _panel_scales(part: StoredWeight, panels: _Panels, chosen: slice) -> Tensor:
+    """[P, k]: of the block that each panel lies in."""
+    assert part.scale_nk is not None
+    assert part.block is not None
+    (num_rows, num_cols), block = part.w_NK.shape, part.block
+    expected = (-(-num_rows // block), -(-num_cols // block))
+    assert tuple(part.scale_nk.shape) == expected, (
+        f"scales {list(part.scale_nk.shape)} for a weight [{num_rows}, {num_cols}] in blocks of {block}"
+    )
+    return part.scale_nk[torch.from_numpy(panels.row[chosen].astype(np.int64)) // block].float()
+
+
+def _finished(
+    data: Tensor,
+    scale: Tensor | None,
+    act_block: int | None,
+    block: int,
+    num_outputs: int,
+    num_inputs: int,
+    num_blocks: int,
+    panel_bytes: int,
+    panels: _Panels,
+) -> PackedLinear:
+    packed = Packed(
+        kind=BF16 if scale is None else FP8,
+        block=block,
+        num_panels=data.shape[1],
+        num_blocks=num_blocks,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        panel_bytes=panel_bytes,
+        data=data.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        column=panels.column.ctypes.data,
+        width=panels.width.ctypes.data,
+    )
+    return PackedLinear(data, scale, act_block, num_outputs, num_inputs, _Handle(packed, panels))
+
+
+def _empty(num_outputs: int) -> PackedLinear:
+    """Of a rank without slots."""
+    return PackedLinear(torch.empty(0, 0, 0, dtype=torch.uint8), None, None, num_outputs, 0, _Handle(Packed()))
