@@ -1,17 +1,49 @@
-"""Which kernels a rank uses: the names a config may give, and what `auto` means on this machine."""
+"""Which kernels a rank uses: the names a config may give, and what `auto` means on this machine.
+
+    auto        native where its library is there and the stream is bfloat16, else reference (with a warning)
+    native      C++ for the CPU: bfloat16 only
+    reference   plain torch: any dtype, slow
+"""
+
+import logging
 
 import torch
 from k2kernels import KernelSet
+from k2kernels.native import NoNativeKernelsError
 
 from k2dist.errors import ConfigError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LOG = logging.getLogger(__name__)
 
 
 def select_kernels(name: str, dtype: str) -> KernelSet:
     """The kernel set called `name`, for a residual stream of `dtype`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}")
-    if name not in ("auto", "reference"):
-        raise ConfigError(f"kernels={name!r}: use 'auto' or 'reference'")
+    match name:
+        case "reference":
+            return KernelSet.reference(_DTYPES[dtype])
+        case "native":
+            return _native(dtype)
+        case "auto":
+            return _best(dtype)
+    raise ConfigError(f"kernels={name!r}: use 'auto', 'native' or 'reference'")
+
+
+def _native(dtype: str) -> KernelSet:
+    if dtype != "bfloat16":
+        raise ConfigError(f"kernels='native', dtype={dtype!r}: native kernels compute in bfloat16 only")
+    try:
+        return KernelSet.native()
+    except NoNativeKernelsError as error:
+        raise ConfigError(f"kernels='native': {error}") from error
+
+
+def _best(dtype: str) -> KernelSet:
+    if dtype == "bfloat16":
+        try:
+            return KernelSet.native()
+        except NoNativeKernelsError as error:
+            _LOG.warning("kernels.slow_path reason=%r", str(error))
     return KernelSet.reference(_DTYPES[dtype])

@@ -82,10 +82,14 @@ EXPORT int k2_isas() {
 
 EXPORT const K2Ops *k2_ops(int isa) {
   switch (isa) {
+#if defined(K2_WITH_AVX2)
   case K2_AVX2:
     return &k2_avx2::ops;
+#endif
+#if defined(K2_WITH_AVX512)
   case K2_AVX512:
     return &k2_avx512::ops;
+#endif
 #if defined(K2_WITH_AVX512_BF16)
   case K2_AVX512_BF16:
     return &k2_avx512_bf16::ops;
