@@ -3,20 +3,23 @@
 #pragma once
 #include <cstdint>
 
+constexpr int kPanels = 4; // of a group
+
 enum { K2_FP8 = 0, K2_BF16 = 1 };            // how a packed weight's elements are kept
 enum { K2_ROWS_BF16 = 0, K2_ROWS_E4M3 = 1 }; // what activations come as
 enum { K2_OUT_BF16 = 0, K2_OUT_F32 = 1 };
 enum { K2_AVX2, K2_AVX512, K2_AVX512_BF16, K2_AMX };
 
-// One linear, or many of one shape ("slots"), in panels of 16 outputs (fewer where a scale block ends):
+// One linear, or many of one shape ("slots"), in panels of 16 outputs (fewer where a scale block ends). Four
+// panels, the last time perhaps fewer, make a group, which is read from its first byte to its last:
 //
-//   panel     k block 0 | k block 1 | ...          a block has `block` inputs, padded with zeros to 32
+//   group     k block 0 of each panel | k block 1 of each | ...     a block has `block` inputs, padded to 32
 //   fp8       4 inputs x 16 outputs in 64 bytes    such that two byte-unpacks give two pairs, as bf16
 //   bf16      2 inputs x 16 outputs in 64 bytes    output by output: what AMX and VDPBF16PS read
 struct K2Packed {
   int32_t kind, block, num_panels, num_blocks;
   int64_t num_inputs, num_outputs, panel_bytes;
-  const uint8_t *data;   // [slots][panels][panel_bytes]
+  const uint8_t *data;   // [slots][panels * panel_bytes]
   const float *scale;    // [slots][panels][blocks]; null: no scales
   const int32_t *column; // [panels]: the output of a panel's first row
   const int32_t *width;  // [panels]: 1..16

@@ -55,6 +55,33 @@ uint32_t recoded4(uint32_t codes) {
   return codes;
 }
 
+// Inputs [begin, end) of a panel.
+void pack_block(int kind, const uint8_t *rows, int64_t row_stride, int64_t col_stride, int64_t begin, int64_t end,
+                int width, int64_t block_bytes, uint8_t *to) {
+  memset(to, 0, size_t(block_bytes));
+  for (int n = 0; n < width; n++) {
+    if (kind == K2_BF16) {
+      const uint8_t *from = rows + n * row_stride * 2;
+      for (int64_t k = begin; k < end; k++)
+        memcpy(to + (k - begin) / 2 * 64 + (k - begin) % 2 * 2 + n * 4, from + k * col_stride * 2, 2);
+      continue;
+    }
+    const uint8_t *from = rows + n * row_stride;
+    uint8_t *at = to + n / 4 * 16 + n % 4 * 2; // inputs 0, 1 of a chunk; 2, 3 are 8 bytes further
+    for (int64_t k = begin; k < end; k += 4, at += 64) {
+      uint32_t codes = 0;
+      if (col_stride == 1 && k + 4 <= end)
+        memcpy(&codes, from + k, 4);
+      else
+        for (int64_t i = 0; i < 4 && k + i < end; i++)
+          codes |= uint32_t(from[(k + i) * col_stride]) << (8 * i);
+      codes = recoded4(codes);
+      memcpy(at, &codes, 2);
+      memcpy(at + 8, reinterpret_cast<uint8_t *>(&codes) + 2, 2);
+    }
+  }
+}
+
 } // namespace
 
 #define EXPORT __attribute__((visibility("default")))
@@ -111,39 +138,21 @@ EXPORT void k2_advise(void *memory, int64_t num_bytes) {
     madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusal costs only speed
 }
 
-// Panel p of `out` gets rows [row[p], row[p] + width[p]) of w; see K2Packed. `w`: elements of one (fp8) or two
-// bytes, element (n, k) at n * row_stride + k * col_stride.
-EXPORT void k2_pack(int threads, int kind, const uint8_t *w, int64_t num_inputs, int64_t row_stride, int64_t col_stride,
-             int block, int num_panels, const int32_t *row, const int32_t *width, int64_t panel_bytes, uint8_t *out) {
+// Fill `out` as K2Packed says. Panel p gets rows [row[p], row[p] + width[p]) of matrix part[p]; a matrix has
+// elements of one (fp8) or two bytes, element (n, k) at n * row_stride + k * col_stride.
+EXPORT void k2_pack(int threads, int kind, const uint8_t *const *matrix, int64_t num_inputs, int64_t row_stride,
+                    int64_t col_stride, int block, int num_panels, const int32_t *part, const int32_t *row,
+                    const int32_t *width, int64_t panel_bytes, uint8_t *out) {
   const int64_t size = kind == K2_FP8 ? 1 : 2;
   parallel(threads, num_panels, [&](int64_t p) {
-    uint8_t *to = out + p * panel_bytes;
-    memset(to, 0, size_t(panel_bytes));
+    const int64_t group = p / kPanels * kPanels, panels = num_panels - group < kPanels ? num_panels - group : kPanels;
+    uint8_t *to = out + group * panel_bytes;
     for (int64_t begin = 0; begin < num_inputs; begin += block) {
       const int64_t end = begin + block < num_inputs ? begin + block : num_inputs;
-      const int64_t depth = (end - begin + 31) / 32 * 32;
-      for (int n = 0; n < width[p]; n++) {
-        const uint8_t *from = w + (row[p] + n) * row_stride * size;
-        if (kind == K2_FP8) {
-          uint8_t *at = to + n / 4 * 16 + n % 4 * 2; // inputs 0, 1 of a chunk; 2, 3 are 8 bytes further
-          for (int64_t k = begin; k < end; k += 4, at += 64) {
-            uint32_t codes = 0;
-            if (col_stride == 1 && k + 4 <= end)
-              memcpy(&codes, from + k, 4);
-            else
-              for (int64_t i = 0; i < 4 && k + i < end; i++)
-                codes |= uint32_t(from[(k + i) * col_stride]) << (8 * i);
-            codes = recoded4(codes);
-            memcpy(at, &codes, 2);
-            memcpy(at + 8, reinterpret_cast<uint8_t *>(&codes) + 2, 2);
-          }
-        } else {
-          uint8_t *at = to + n * 4;
-          for (int64_t k = begin; k < end; k++)
-            memcpy(at + (k - begin) / 2 * 64 + (k - begin) % 2 * 2, from + k * col_stride * 2, 2);
-        }
-      }
-      to += depth * 16 * size;
+      const int64_t block_bytes = (end - begin + 31) / 32 * 32 * 16 * size;
+      pack_block(kind, matrix[part[p]] + row[p] * row_stride * size, row_stride, col_stride, begin, end, width[p],
+                 block_bytes, to + (p - group) * block_bytes);
+      to += panels * block_bytes;
     }
   });
 }

@@ -383,11 +383,7 @@ static void decompress(const K2Prefill &a, int64_t head, int64_t tile, const Lai
   bf16 *made = (bf16 *)(acc + kTileKeys * 16 * kPanels);
   auto multiply_groups = [&](const K2Packed *w, auto put) {
     for (int p = 0; p < w->num_panels; p += kPanels) {
-      int panel[kPanels];
-      const int panels = int(least(kPanels, w->num_panels - p));
-      for (int i = 0; i < panels; i++)
-        panel[i] = p + i;
-      multiply_all(w, head, panel, panels, laid, begin, num_keys, acc);
+      const int panels = multiply_group(w, head, p / kPanels, laid, begin, num_keys, acc);
       for (int64_t j = 0; j < num_keys; j++)
         for (int i = 0; i < panels; i++)
           put(j, w->column[p + i], load(acc + j * 16 * kPanels + 16 * i), w->width[p + i]);

@@ -1,7 +1,8 @@
 """Weights as the native kernels read them: panels of 16 outputs, float8 kept as it is (`native/abi.h`).
 
 A panel never crosses a row of scale blocks, so it has one scale per block of inputs; parts of one linear
-(gate and up; q_a and kv_a) each have panels of their own, one part after the other.
+(gate and up; q_a and kv_a) each have panels of their own. Two parts of equal size take turns, two panels each:
+a group of four then holds two panels of gate and the like of up.
 
 S slots, P panels, N outputs, K inputs, n and k scale blocks.
 """
@@ -28,7 +29,7 @@ BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
 class PackedLinear:
     """One linear (S = 1), or many of one shape. `block`: of the activations' scales; None: not quantised.
 
-    data: uint8 [S, P, bytes of a panel]; scale: float32 [S, P, k] or None.
+    data: uint8 [S, bytes]; scale: float32 [S, P, k] or None.
     """
 
     data: Tensor
@@ -64,17 +65,27 @@ class _Panels:
     @classmethod
     def of(cls, rows: Sequence[int], block: int) -> _Panels:
         """`rows` of each part, in scale blocks of `block` rows."""
-        entries = []
+        parts: list[list[tuple[int, int, int, int]]] = []
         column = 0
         for part, num_rows in enumerate(rows):
-            for start in range(0, num_rows, block):
-                stop = min(start + block, num_rows)
-                entries += [
-                    (part, row, column + row, min(PANEL, stop - row)) for row in range(start, stop, PANEL)
-                ]
+            starts = [
+                (row, min(PANEL, start + block - row, num_rows - row))
+                for start in range(0, num_rows, block)
+                for row in range(start, min(start + block, num_rows), PANEL)
+            ]
+            parts.append([(part, row, column + row, width) for row, width in starts])
             column += num_rows
-        part_P, row_P, column_P, width_P = np.array(entries, dtype=np.int32).reshape(-1, 4).T
-        return cls(*(np.ascontiguousarray(x) for x in (part_P, row_P, column_P, width_P)))
+        table = np.array(_in_turn(parts), dtype=np.int32).reshape(-1, 4).T
+        return cls(*(np.ascontiguousarray(x) for x in table))
+
+
+def _in_turn(parts: list[list[tuple[int, int, int, int]]]) -> list[tuple[int, int, int, int]]:
+    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+        return [panel for part in parts for panel in part]
+    both = []
+    for first in range(0, len(parts[0]), 2):
+        both += parts[0][first : first + 2] + parts[1][first : first + 2]
+    return both
 
 
 def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, threads: int) -> PackedLinear:
@@ -91,45 +102,54 @@ def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, thread
     num_panels, num_blocks = len(panels.row), -(-num_inputs // block)
     depth = sum(-(-min(block, num_inputs - k) // 32) * 32 for k in range(0, num_inputs, block))
     panel_bytes = depth * PANEL * (1 if scaled else 2)
-    data = torch.empty(len(slots), num_panels, panel_bytes, dtype=torch.uint8)
+    data = torch.empty(len(slots), num_panels * panel_bytes, dtype=torch.uint8)
     load().advise(data.data_ptr(), data.nbytes)
     scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
     for s, parts in enumerate(slots):
         assert [tuple(part.w_NK.shape) for part in parts] == [(n, num_inputs) for n in rows], "slots differ"
-        for number, part in enumerate(parts):
-            assert part.block == first[0].block, "parts of one linear are quantised alike"
-            here = np.flatnonzero(panels.part == number)
-            chosen = slice(int(here[0]), int(here[-1]) + 1)
-            _pack_part(part.w_NK, block, panels, chosen, data[s, chosen], threads, is_fp8=scaled)
-            if scale is not None:
-                scale[s, chosen] = _panel_scales(part, panels, chosen)
+        assert all(part.block == first[0].block for part in parts), "parts of one linear are quantised alike"
+        _pack_parts([part.w_NK for part in parts], block, panels, panel_bytes, data[s], threads, is_fp8=scaled)
+        if scale is not None:
+            for number, part in enumerate(parts):
+                mine = torch.from_numpy(panels.part == number)
+                scale[s, mine] = _panel_scales(part, panels.row[panels.part == number])
     return _finished(
         data, scale, first[0].block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels
     )
 
 
-def _pack_part(
-    w_NK: Tensor, block: int, panels: _Panels, chosen: slice, out: Tensor, threads: int, *, is_fp8: bool
+def _pack_parts(
+    parts: Sequence[Tensor],
+    block: int,
+    panels: _Panels,
+    panel_bytes: int,
+    out: Tensor,
+    threads: int,
+    *,
+    is_fp8: bool,
 ) -> None:
     wanted = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
-    assert w_NK.dtype == wanted, f"a weight of {w_NK.dtype}, expected {wanted}"
-    row, width = panels.row[chosen], panels.width[chosen]
+    for part in parts:
+        assert part.dtype == wanted, f"a weight of {part.dtype}, expected {wanted}"
+        assert part.stride() == parts[0].stride(), "parts of one linear lie alike"
+    matrices = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
     load().pack(
         threads,
         FP8 if is_fp8 else BF16,
-        w_NK.data_ptr(),
-        w_NK.shape[1],
-        *w_NK.stride(),
+        matrices,
+        parts[0].shape[1],
+        *parts[0].stride(),
         block,
-        len(row),
-        row.ctypes.data,
-        width.ctypes.data,
-        out.shape[1],
+        len(panels.row),
+        panels.part.ctypes.data,
+        panels.row.ctypes.data,
+        panels.width.ctypes.data,
+        panel_bytes,
         out.data_ptr(),
     )
 
 
-def _panel_scales(part: StoredWeight, panels: _Panels, chosen: slice) -> Tensor:
+def _panel_scales(part: StoredWeight, row_P: np.ndarray) -> Tensor:
     """[P, k]: of the block that each panel lies in."""
     assert part.scale_nk is not None
     assert part.block is not None
@@ -138,7 +158,7 @@ def _panel_scales(part: StoredWeight, panels: _Panels, chosen: slice) -> Tensor:
     assert tuple(part.scale_nk.shape) == expected, (
         f"scales {list(part.scale_nk.shape)} for a weight [{num_rows}, {num_cols}] in blocks of {block}"
     )
-    return part.scale_nk[torch.from_numpy(panels.row[chosen].astype(np.int64)) // block].float()
+    return part.scale_nk[torch.from_numpy(row_P.astype(np.int64)) // block].float()
 
 
 def _finished(
@@ -155,7 +175,7 @@ def _finished(
     packed = Packed(
         kind=BF16 if scale is None else FP8,
         block=block,
-        num_panels=data.shape[1],
+        num_panels=len(panels.row),
         num_blocks=num_blocks,
         num_inputs=num_inputs,
         num_outputs=num_outputs,
@@ -170,4 +190,4 @@ def _finished(
 
 def _empty(num_outputs: int) -> PackedLinear:
     """Of a rank without slots."""
-    return PackedLinear(torch.empty(0, 0, 0, dtype=torch.uint8), None, None, num_outputs, 0, _Handle(Packed()))
+    return PackedLinear(torch.empty(0, 0, dtype=torch.uint8), None, None, num_outputs, 0, _Handle(Packed()))
