@@ -3,7 +3,11 @@
 #include "pool.h"
 
 #include <cpuid.h>
+#include <cstdlib>
 #include <cstring>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -136,6 +140,14 @@ EXPORT void k2_advise(void *memory, int64_t num_bytes) {
   const uintptr_t begin = (uintptr_t(memory) + page - 1) & ~(page - 1), end = (uintptr_t(memory) + num_bytes) & ~(page - 1);
   if (end > begin)
     madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusal costs only speed
+}
+
+// Give memory that was freed back to the system: a checkpoint's tensors lie among others that stay, and glibc
+// keeps such holes (1.1 GB of a 1.4 GB model, measured). Elsewhere nothing is done.
+EXPORT void k2_trim() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 // Fill `out` as K2Packed says. Panel p gets rows [row[p], row[p] + width[p]) of matrix part[p]; a matrix has

@@ -136,6 +136,7 @@ class Library:
     isas: dict[str, Isa]
     pack: Any
     advise: Any
+    trim: Any
 
     @property
     def best(self) -> Isa:
@@ -165,6 +166,8 @@ def load() -> Library:
     shared.k2_pack.restype = None
     shared.k2_advise.argtypes = (_P, _L)
     shared.k2_advise.restype = None
+    shared.k2_trim.argtypes = ()
+    shared.k2_trim.restype = None
     mask = shared.k2_isas()
     isas = {}
     for number, name in enumerate(ISAS):
@@ -173,7 +176,7 @@ def load() -> Library:
             isas[name] = Isa(name, _functions(table.contents))
     if not isas:
         raise NoNativeKernelsError("this processor has no AVX2")
-    return Library(shared.k2_build().decode(), isas, shared.k2_pack, shared.k2_advise)
+    return Library(shared.k2_build().decode(), isas, shared.k2_pack, shared.k2_advise, shared.k2_trim)
 
 
 def _functions(table: _OpsTable) -> dict[str, Any]:

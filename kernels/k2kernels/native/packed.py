@@ -22,6 +22,7 @@ from k2kernels.native.library import BF16, FP8, Packed, load
 
 PANEL = 16
 BLOCK = 128  # of inputs, where no scale sets it
+TRIM_BYTES = 16 * 2**20  # of a weight; trimming takes milliseconds, and most weights are small
 BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
 
 
@@ -41,7 +42,7 @@ class PackedLinear:
 
     @property
     def num_slots(self) -> int:
-        return len(self.data)
+        return self.data.shape[0]
 
 
 class _Handle:
@@ -102,6 +103,8 @@ def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, thread
     num_panels, num_blocks = len(panels.row), -(-num_inputs // block)
     depth = sum(-(-min(block, num_inputs - k) // 32) * 32 for k in range(0, num_inputs, block))
     panel_bytes = depth * PANEL * (1 if scaled else 2)
+    if len(slots) * num_panels * panel_bytes >= TRIM_BYTES:
+        load().trim()  # what was packed before this has been freed by now
     data = torch.empty(len(slots), num_panels * panel_bytes, dtype=torch.uint8)
     load().advise(data.data_ptr(), data.nbytes)
     scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
