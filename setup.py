@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: the native CPU kernels are compiled when the package is built, if they can be.
+"""What pyproject.toml cannot say: the native CPU kernels are compiled with the package, if they can be.
 
 The result is a plain shared library with a C interface (no Python headers are needed), one object file per
-instruction set. Where there is no C++ compiler, or the machine is no x86-64 Linux, everything else is installed,
-and k2dist uses its reference kernels.
+instruction set. Where there is no C++ compiler, or the machine is no x86-64 Linux, everything else is
+installed, and k2dist uses its reference kernels.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("kernels/native")
 # -ffp-contract=off: whether a product and a sum become one instruction is written out, never chosen.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
-ISAS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_bf16.cpp": AVX512_BF16, "isa_amx.cpp": AMX}
+ISAS = {
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": AVX512_BF16,
+    "isa_amx.cpp": AMX,
+}
 
 
 class BuildNative(build_ext):
@@ -45,7 +50,7 @@ class BuildNative(build_ext):
                 return
             except subprocess.CalledProcessError as error:
                 reason = f"{' '.join(error.cmd)} failed:\n{error.stderr}"
-        print(f"k2dist: native CPU kernels were not built, the slow path is in use: {reason}", file=sys.stderr)
+        print(f"k2dist: no native CPU kernels were built, the slow path is in use: {reason}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -72,8 +77,9 @@ def _compile(build_dir: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     isas = {name: flags for name, flags in ISAS.items() if _accepts(compiler, flags)}
     with_isas = [f"-DK2_WITH_{name[4:-4].upper()}" for name in isas]
-    checksum = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCE_DIR.iterdir()))).hexdigest()
-    jobs = {"pool.cpp": [], "api.cpp": [*with_isas, f'-DK2_SOURCES="{checksum[:12]}"'], **isas}
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE_DIR.iterdir()))
+    checksum = hashlib.sha256(sources).hexdigest()[:12]
+    jobs = {"pool.cpp": [], "api.cpp": [*with_isas, f'-DK2_SOURCES="{checksum}"'], **isas}
 
     def compile_one(name: str) -> str:
         made = str(build_dir / f"{name}.o")

@@ -1,8 +1,8 @@
 """Which kernels a rank uses: the names a config may give, and what `auto` means on this machine.
 
-    auto        native where its library is there and the stream is bfloat16, else reference (with a warning)
-    native      C++ for the CPU: bfloat16 only
-    reference   plain torch: any dtype, slow
+auto        native where its library is there and the stream is bfloat16, else reference (with a warning)
+native      C++ for the CPU: bfloat16 only
+reference   plain torch: any dtype, slow
 """
 
 import logging

@@ -6,4 +6,13 @@ from k2kernels.grouped_gemm import GroupedLinear
 from k2kernels.kernel_set import Experts, KernelSet, Prepared
 from k2kernels.router_topk import Rule
 
-__all__ = ["Experts", "GroupedLinear", "KernelSet", "Linear", "Prepared", "QuantisedRows", "Rule", "StoredWeight"]
+__all__ = [
+    "Experts",
+    "GroupedLinear",
+    "KernelSet",
+    "Linear",
+    "Prepared",
+    "QuantisedRows",
+    "Rule",
+    "StoredWeight",
+]

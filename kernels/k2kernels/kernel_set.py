@@ -44,8 +44,8 @@ from k2kernels.fp8_gemm import StoredWeight
 from k2kernels.native.library import load
 from k2kernels.native.ops import NativeOps
 
-# Weights as a set's own `prepare_*` laid them out: dataclasses, tuples and tensors into which nobody else looks,
-# but for `block`, of the scales that activations need (None: no scales).
+# Weights as a set's own `prepare_*` laid them out: dataclasses, tuples and tensors into which nobody else
+# looks, but for `block`, of the scales that activations need (None: no scales).
 Prepared: TypeAlias = Any
 
 

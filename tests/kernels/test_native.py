@@ -1,4 +1,4 @@
-"""The native kernels, every ISA that this machine runs, against the references; and a row's bits are its own."""
+"""The native kernels, every ISA of this machine, against the references; and a row's bits are its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def stored(rows: int, cols: int, block: int = 128) -> StoredWeight:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = a.contiguous(), b.contiguous()
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 # -- float8 --------------------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ def test_every_code_is_decoded_exactly(native: KernelSet) -> None:
     linear = native.prepare_linear([StoredWeight(w_NK, torch.ones(2, 1), 128)])
     assert torch.equal(native.fp8_gemm(one, linear, torch.float32)[0].nan_to_num(9e9), wanted.nan_to_num(9e9))
 
-    unit = native.prepare_linear([StoredWeight(torch.ones(1, 1).to(torch.float8_e4m3fn), torch.ones(1, 1), 128)])
+    one_NK = torch.ones(1, 1).to(torch.float8_e4m3fn)
+    unit = native.prepare_linear([StoredWeight(one_NK, torch.ones(1, 1), 128)])
     rows = QuantisedRows(codes[:, None], torch.ones(256, 1), 128)
     found = native.fp8_gemm(rows, unit, torch.float32)[:, 0] + 0.0
     assert torch.equal(found.nan_to_num(9e9), wanted.nan_to_num(9e9))
@@ -141,7 +143,8 @@ def test_unquantised_linears_are_the_reference(native: KernelSet, rows: int, col
 
 
 def test_rows_of_linears_stand_alone(native: KernelSet, rows_stand_alone: RowsStandAlone) -> None:
-    linear, head = native.prepare_linear([stored(200, 300)]), native.prepare_plain(torch.randn(70, 300).bfloat16())
+    linear = native.prepare_linear([stored(200, 300)])
+    head = native.prepare_plain(torch.randn(70, 300).bfloat16())
     x_TK = torch.randn(70, 300).bfloat16()
     rows_stand_alone(lambda row_M: native.linear(x_TK[row_M], linear, torch.float32), 70)
     rows_stand_alone(lambda row_M: native.linear_bf16(x_TK[row_M], head, torch.float32), 70)
@@ -183,12 +186,15 @@ def parts_of(hidden: int, width: int, block: int | None) -> tuple[StoredWeight, 
     def one(rows: int, cols: int) -> StoredWeight:
         if block is None:
             return StoredWeight((torch.randn(rows, cols) / cols**0.5).bfloat16())
-        return dataclasses.replace(stored(rows, cols, block), scale_nk=torch.rand(-(-rows // block), -(-cols // block)) / 900)
+        scale_nk = torch.rand(-(-rows // block), -(-cols // block)) / 900
+        return dataclasses.replace(stored(rows, cols, block), scale_nk=scale_nk)
 
     return one(width, hidden), one(width, hidden), one(hidden, width)
 
 
-@pytest.mark.parametrize(("hidden", "width", "block"), [(256, 128, 128), (96, 64, 32), (100, 50, 16), (96, 40, None)])
+@pytest.mark.parametrize(
+    ("hidden", "width", "block"), [(256, 128, 128), (96, 64, 32), (100, 50, 16), (96, 40, None)]
+)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 40])
 def test_a_fused_mlp_is_its_steps(
     native: KernelSet, hidden: int, width: int, block: int | None, num_tokens: int
@@ -199,7 +205,8 @@ def test_a_fused_mlp_is_its_steps(
     steps = dataclasses.replace(native, whole_mlp=None, whole_linear=None)
     fused = native.mlp(x_TD, gate_up, down_w, torch.float32)
     assert same_bits(fused, steps.mlp(x_TD, gate_up, down_w, torch.float32))
-    wanted = REFERENCE.mlp(x_TD, REFERENCE.prepare_linear([gate, up]), REFERENCE.prepare_linear([down]), torch.float32)
+    plain = REFERENCE.prepare_linear([gate, up]), REFERENCE.prepare_linear([down])
+    wanted = REFERENCE.mlp(x_TD, *plain, torch.float32)
     # A gate one bfloat16 off may move an activation to the next e4m3 value, 6% of it; few do.
     assert float((fused - wanted).norm()) <= 0.01 * float(wanted.norm())
 
@@ -256,7 +263,9 @@ def test_what_is_done_row_by_row_is_the_reference(native: KernelSet, num_tokens:
         )
 
 
-@pytest.mark.parametrize("rule", [Rule(3, 1, 1, True, 2.827), Rule(4, 4, 2, False, 1.0), Rule(1, 1, 1, True, 1.0)])
+@pytest.mark.parametrize(
+    "rule", [Rule(3, 1, 1, True, 2.827), Rule(4, 4, 2, False, 1.0), Rule(1, 1, 1, True, 1.0)]
+)
 def test_the_router_chooses_as_the_reference(native: KernelSet, rule: Rule) -> None:
     logit_TE, bias_E = torch.randn(60, 20) * 3, torch.randn(20)
     logit_TE[0], logit_TE[1] = 0.0, -200.0  # all alike; none scores

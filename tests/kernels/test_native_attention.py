@@ -35,7 +35,8 @@ def native(request: pytest.FixtureRequest) -> KernelSet:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = a.contiguous(), b.contiguous()
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def paged(num_keys: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,11 +160,13 @@ def test_no_rows(native: KernelSet) -> None:
     q_RHD = torch.empty(0, heads, latent + rotary).bfloat16()
     found = native.mla_decode(q_RHD, cache_CD, none.view(0, 0), PAGE_TOKENS, none, latent, SCALE)
     assert found.shape == (0, heads, latent)
-    keys, values = native.prepare_keys(torch.randn(heads, nope, latent).bfloat16()), native.prepare_values(
-        torch.randn(heads, latent, value).bfloat16()
+    keys, values = (
+        native.prepare_keys(torch.randn(heads, nope, latent).bfloat16()),
+        native.prepare_values(torch.randn(heads, latent, value).bfloat16()),
     )
     q_THD = torch.empty(0, heads, nope + rotary).bfloat16()
-    assert native.mla_prefill(q_THD, cache_CD, page_P, PAGE_TOKENS, 5, keys, values, SCALE).shape == (0, heads, value)
+    found = native.mla_prefill(q_THD, cache_CD, page_P, PAGE_TOKENS, 5, keys, values, SCALE)
+    assert found.shape == (0, heads, value)
 
 
 def test_places_past_two_billion_elements(native: KernelSet) -> None:
@@ -178,6 +181,7 @@ def test_places_past_two_billion_elements(native: KernelSet) -> None:
     native.latent_write_(cache_CD, place_S, latent_SD[:, :latent], latent_SD[:, latent:])
     q_RHD = torch.randn(1, 3, width).bfloat16()
     near_CD = torch.cat((latent_SD[:8], latent_SD[8:], torch.full((4, width), torch.nan).bfloat16()))
-    near = native.mla_decode(q_RHD, near_CD, torch.tensor([[0, 1]]), PAGE_TOKENS, torch.tensor([12]), latent, SCALE)
-    far = native.mla_decode(q_RHD, cache_CD, page_P[None], PAGE_TOKENS, torch.tensor([12]), latent, SCALE)
+    near_RP, length_R = torch.tensor([[0, 1]]), torch.tensor([12])
+    near = native.mla_decode(q_RHD, near_CD, near_RP, PAGE_TOKENS, length_R, latent, SCALE)
+    far = native.mla_decode(q_RHD, cache_CD, page_P[None], PAGE_TOKENS, length_R, latent, SCALE)
     assert same_bits(far, near)

@@ -1,4 +1,4 @@
-"""Every op of the set as the native library computes it, for one ISA. Contracts: the files named like the ops.
+"""Every op of the set as the native library computes it, for one ISA. Contracts: the files named like them.
 
 Only bfloat16 streams. Results come in fresh tensors; inputs may be strided where a row is contiguous.
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 from k2kernels import wire
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.fp8_gemm import StoredWeight
-from k2kernels.native.library import OUT_BF16, OUT_F32, ROWS_BF16, ROWS_E4M3, Cache, Decode, Isa, Prefill, Rows, TopkRule
+from k2kernels.native.arguments import cache_of, check, counts_of, rows_of
+from k2kernels.native.library import OUT_BF16, OUT_F32, Decode, Isa, Prefill, TopkRule
 from k2kernels.native.packed import PackedLinear, pack_slots
 from k2kernels.router_topk import Rule
 
@@ -59,7 +60,7 @@ class NativeOps:
     # -- products --------------------------------------------------------------------------------------
 
     def act_quant(self, x_TK: Tensor, block: int) -> QuantisedRows:
-        _check(x_TK, "x", torch.bfloat16, 2)
+        check(x_TK, "x", torch.bfloat16, 2)
         num_tokens, width = x_TK.shape
         q_TK = torch.empty(num_tokens, width, dtype=torch.float8_e4m3fn)
         scale_Tk = torch.empty(num_tokens, -(-width // block))
@@ -69,7 +70,7 @@ class NativeOps:
     def pack(self, x_TD: Tensor, block: int | None) -> Tensor:
         if block is None:
             return x_TD
-        _check(x_TD, "x", torch.bfloat16, 2)
+        check(x_TD, "x", torch.bfloat16, 2)
         num_tokens, width = x_TD.shape
         row_TW = torch.empty(num_tokens, width + 4 * -(-width // block), dtype=torch.uint8)
         self._act_quant(x_TD, block, row_TW, row_TW[:, width:])
@@ -86,7 +87,7 @@ class NativeOps:
 
     def linear(self, x: Tensor | QuantisedRows, w: PackedLinear, out_dtype: torch.dtype) -> Tensor:
         """As fp8_gemm; bfloat16 activations are quantised on the way where the weights are float8."""
-        rows, num_rows = _rows(x, w, None)
+        rows, num_rows = rows_of(x, w, None)
         y_TN = torch.empty(num_rows, w.num_outputs, dtype=out_dtype)
         count = ctypes.c_int64(num_rows)
         self.isa.call["linear"](
@@ -112,8 +113,8 @@ class NativeOps:
         self, x: Tensor | QuantisedRows, counts_e: Tensor, w: PackedLinear, out_dtype: torch.dtype
     ) -> Tensor:
         assert isinstance(x, QuantisedRows) or w.block is None, "native linears with float8 weights are W8A8"
-        rows, num_rows = _rows(x, w, None)
-        counts_e = _counts(counts_e, w, num_rows)
+        rows, num_rows = rows_of(x, w, None)
+        counts_e = counts_of(counts_e, w, num_rows)
         y_MN = torch.empty(num_rows, w.num_outputs, dtype=out_dtype)
         self.isa.call["linear"](
             self._threads,
@@ -127,9 +128,7 @@ class NativeOps:
         )
         return y_MN
 
-    def mlp(
-        self, x_TD: Tensor, gate_up: PackedLinear, down: PackedLinear, out_dtype: torch.dtype
-    ) -> Tensor:
+    def mlp(self, x_TD: Tensor, gate_up: PackedLinear, down: PackedLinear, out_dtype: torch.dtype) -> Tensor:
         return self._mlp(x_TD, None, torch.tensor([x_TD.shape[0]]), gate_up, down, out_dtype)
 
     def experts(
@@ -146,7 +145,7 @@ class NativeOps:
     def absorb(self, x_THK: Tensor, w: PackedLinear | PackedKeys) -> Tensor:
         if isinstance(w, PackedKeys):
             w = w.absorbing
-        _check(x_THK, "x", torch.bfloat16, 3)
+        check(x_THK, "x", torch.bfloat16, 3)
         num_tokens, num_heads, width = x_THK.shape
         assert (num_heads, width) == (w.num_slots, w.num_inputs), (
             f"x is [T, {num_heads}, {width}], w of {w.num_slots} heads with {w.num_inputs} inputs"
@@ -177,7 +176,7 @@ class NativeOps:
         scale: float,
     ) -> Tensor:
         q_RHD = q_RHD.contiguous()
-        _check(q_RHD, "q", torch.bfloat16, 3)
+        check(q_RHD, "q", torch.bfloat16, 3)
         num_rows, num_heads, width = q_RHD.shape
         assert num_heads <= _HEADS_MAX, f"{num_heads} heads, at most {_HEADS_MAX}"
         assert width == cache_CD.shape[1], f"queries of {width}, latents of {cache_CD.shape[1]}"
@@ -188,10 +187,10 @@ class NativeOps:
             num_rows=num_rows,
             num_heads=num_heads,
             q_row_stride=num_heads * width,
-            cache=_cache(cache_CD, page_tokens),
-            pages=_check(page_RP, "pages", torch.int64, 2).data_ptr(),
+            cache=cache_of(cache_CD, page_tokens),
+            pages=check(page_RP, "pages", torch.int64, 2).data_ptr(),
             page_stride=page_RP.shape[1],
-            length=_check(length_R, "length", torch.int64, 1).data_ptr(),
+            length=check(length_R, "length", torch.int64, 1).data_ptr(),
             latent_width=latent_width,
             scale=scale,
             out=out_RHL.data_ptr(),
@@ -211,9 +210,9 @@ class NativeOps:
         scale: float,
     ) -> Tensor:
         w_uk = keys.decompressing
-        _check(q_THD, "q", torch.bfloat16, 3)
+        check(q_THD, "q", torch.bfloat16, 3)
         num_rows, num_heads, width = q_THD.shape
-        assert num_heads == w_uk.num_slots == w_uv.num_slots, f"{num_heads} heads, weights of {w_uk.num_slots}"
+        assert num_heads == w_uk.num_slots == w_uv.num_slots, f"{num_heads} heads, not {w_uk.num_slots}"
         nope, latent = w_uk.num_outputs, w_uk.num_inputs
         assert width - nope == cache_CD.shape[1] - latent, "rotary widths of q and cache differ"
         page_P = page_P.contiguous()
@@ -228,8 +227,8 @@ class NativeOps:
             rope=width - nope,
             q_row_stride=q_THD.stride(0),
             q_head_stride=q_THD.stride(1),
-            cache=_cache(cache_CD, page_tokens),
-            pages=_check(page_P, "pages", torch.int64, 1).data_ptr(),
+            cache=cache_of(cache_CD, page_tokens),
+            pages=check(page_P, "pages", torch.int64, 1).data_ptr(),
             start=start,
             w_uk=w_uk.packed.pointer,
             w_uv=w_uv.packed.pointer,
@@ -240,8 +239,8 @@ class NativeOps:
         return out_THV
 
     def latent_write_(self, cache_CD: Tensor, place_T: Tensor, latent_TL: Tensor, key_TR: Tensor) -> None:
-        _check(latent_TL, "latent", torch.bfloat16, 2)
-        _check(key_TR, "key", torch.bfloat16, 2)
+        check(latent_TL, "latent", torch.bfloat16, 2)
+        check(key_TR, "key", torch.bfloat16, 2)
         assert cache_CD.is_contiguous(), "the cache is contiguous"
         assert cache_CD.dtype == torch.bfloat16, f"a cache of {cache_CD.dtype}"
         assert latent_TL.shape[1] + key_TR.shape[1] == cache_CD.shape[1], "latent and key fill a place"
@@ -261,8 +260,8 @@ class NativeOps:
     # -- row by row ------------------------------------------------------------------------------------
 
     def rmsnorm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        _check(x_TD, "x", torch.bfloat16, 2)
-        _check(weight_D, "weight", torch.bfloat16, 1)
+        check(x_TD, "x", torch.bfloat16, 2)
+        check(weight_D, "weight", torch.bfloat16, 1)
         num_tokens, width = x_TD.shape
         y_TD = torch.empty(num_tokens, width, dtype=torch.bfloat16)
         self.isa.call["rmsnorm"](
@@ -279,7 +278,7 @@ class NativeOps:
         return y_TD
 
     def rope(self, x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-        _check(x_THR, "x", torch.bfloat16, 3)
+        check(x_THR, "x", torch.bfloat16, 3)
         num_tokens, num_heads, width = x_THR.shape
         cos_TF, sin_TF = cos_TF.contiguous(), sin_TF.contiguous()
         y_THR = torch.empty(num_tokens, num_heads, width, dtype=torch.bfloat16)
@@ -291,8 +290,8 @@ class NativeOps:
             width // 2,
             x_THR.stride(0),
             x_THR.stride(1),
-            _check(cos_TF, "cos", torch.float32, 2).data_ptr(),
-            _check(sin_TF, "sin", torch.float32, 2).data_ptr(),
+            check(cos_TF, "cos", torch.float32, 2).data_ptr(),
+            check(sin_TF, "sin", torch.float32, 2).data_ptr(),
             y_THR.data_ptr(),
             num_heads * width,
             width,
@@ -301,7 +300,7 @@ class NativeOps:
 
     def swiglu(self, h_TG: Tensor) -> Tensor:
         h_TG = h_TG.contiguous()
-        _check(h_TG, "h", torch.bfloat16, 2)
+        check(h_TG, "h", torch.bfloat16, 2)
         num_tokens, width = h_TG.shape[0], h_TG.shape[1] // 2
         y_TF = torch.empty(num_tokens, width, dtype=torch.bfloat16)
         self.isa.call["swiglu"](self._threads, h_TG.data_ptr(), num_tokens, width, y_TF.data_ptr())
@@ -315,9 +314,9 @@ class NativeOps:
         y_TD = torch.empty(num_tokens, width, dtype=out_dtype)
         self.isa.call["weighted_sum"](
             self._threads,
-            _check(out_TKD, "out", torch.bfloat16, 3).data_ptr(),
-            _check(weight_TK, "weight", torch.float32, 2).data_ptr(),
-            _check(shared_TD, "shared", torch.float32, 2).data_ptr(),
+            check(out_TKD, "out", torch.bfloat16, 3).data_ptr(),
+            check(weight_TK, "weight", torch.float32, 2).data_ptr(),
+            check(shared_TD, "shared", torch.float32, 2).data_ptr(),
             num_tokens,
             top_k,
             width,
@@ -329,8 +328,8 @@ class NativeOps:
     # -- router ----------------------------------------------------------------------------------------
 
     def router_logits(self, x_TD: Tensor, w_ED: Tensor) -> Tensor:
-        _check(x_TD, "x", torch.bfloat16, 2)
-        _check(w_ED, "w", torch.float32, 2)
+        check(x_TD, "x", torch.bfloat16, 2)
+        check(w_ED, "w", torch.float32, 2)
         assert w_ED.is_contiguous(), "the router's weights are contiguous"
         y_TE = torch.empty(x_TD.shape[0], w_ED.shape[0])
         self.isa.call["router_logits"](
@@ -353,8 +352,8 @@ class NativeOps:
         how = TopkRule(rule.top_k, rule.num_groups, rule.top_k_groups, rule.normalises, rule.scale)
         self.isa.call["router_topk"](
             self._threads,
-            _check(logit_TE, "logit", torch.float32, 2).data_ptr(),
-            _check(bias_E, "bias", torch.float32, 1).data_ptr(),
+            check(logit_TE, "logit", torch.float32, 2).data_ptr(),
+            check(bias_E, "bias", torch.float32, 1).data_ptr(),
             num_tokens,
             num_experts,
             ctypes.byref(how),
@@ -392,8 +391,8 @@ class NativeOps:
         down: PackedLinear,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        rows, num_rows = _rows(x, gate_up, row_M)
-        counts_e = _counts(counts_e, gate_up, num_rows)
+        rows, num_rows = rows_of(x, gate_up, row_M)
+        counts_e = counts_of(counts_e, gate_up, num_rows)
         y_MD = torch.empty(num_rows, down.num_outputs, dtype=out_dtype)
         if num_rows == 0:
             return y_MD
@@ -409,56 +408,3 @@ class NativeOps:
             _OUT[out_dtype],
         )
         return y_MD
-
-
-def _rows(x: Tensor | QuantisedRows, w: PackedLinear, row_M: Tensor | None) -> tuple[Rows, int]:
-    """Activations for C, and how many rows; `row_M` picks and orders them. `x` must outlive the call."""
-    if isinstance(x, QuantisedRows):
-        assert x.block == w.block, f"activations quantised in groups of {x.block}, weights of {w.block}"
-        data, kind, scale = x.q_TK, ROWS_E4M3, x.scale_Tk
-        _check(data, "x", torch.float8_e4m3fn, 2)
-        _check(scale, "the scales of x", torch.float32, 2)
-    else:
-        data, kind, scale = x, ROWS_BF16, None
-        _check(data, "x", torch.bfloat16, 2)
-    num_rows, width = data.shape
-    if w.num_slots and num_rows:
-        assert width == w.num_inputs, f"x has {width} columns, the weights {w.num_inputs} inputs"
-    if row_M is not None:
-        assert row_M.is_contiguous(), "row numbers are contiguous"
-        _check(row_M, "row numbers", torch.int64, 1)
-        num_rows = row_M.shape[0]
-    return Rows(
-        kind=kind,
-        num_rows=num_rows,
-        stride_bytes=data.stride(0) * data.element_size(),
-        data=data.data_ptr(),
-        scale_stride_bytes=0 if scale is None else scale.stride(0) * 4,
-        scale=None if scale is None else scale.data_ptr(),
-        index=None if row_M is None else row_M.data_ptr(),
-    ), num_rows
-
-
-def _counts(counts_e: Tensor, w: PackedLinear, num_rows: int) -> Tensor:
-    assert counts_e.shape[0] == w.num_slots, f"counts for {counts_e.shape[0]} slots, weights for {w.num_slots}"
-    counts_e = _check(counts_e.contiguous(), "counts", torch.int64, 1)
-    total = int(counts_e.sum())
-    assert total == num_rows, f"{num_rows} rows, counted {total}"
-    return counts_e
-
-
-def _cache(cache_CD: Tensor, page_tokens: int) -> Cache:
-    assert cache_CD.is_contiguous(), "the cache is contiguous"
-    assert cache_CD.dtype == torch.bfloat16, f"a cache of {cache_CD.dtype}, expected bfloat16"
-    return Cache(cache_CD.data_ptr(), cache_CD.shape[1], page_tokens)
-
-
-def _check(x: Tensor, name: str, dtype: torch.dtype, dim: int) -> Tensor:
-    """A CPU tensor of this dtype whose last axis is contiguous. 30 of these run per layer: one look if all is well."""
-    if x.dtype == dtype and x.dim() == dim and x.stride(-1) == 1 and x.is_cpu:
-        return x
-    assert x.dtype == dtype, f"{name} is {x.dtype}, expected {dtype}"
-    assert x.dim() == dim, f"{name} has {x.dim()} axes, expected {dim}"
-    assert x.stride(-1) == 1 or x.shape[-1] <= 1, f"{name}: its last axis is not contiguous"
-    assert x.is_cpu, f"{name} is on {x.device}, these are kernels for the CPU"
-    return x

@@ -1,8 +1,8 @@
 """Weights as the native kernels read them: panels of 16 outputs, float8 kept as it is (`native/abi.h`).
 
 A panel never crosses a row of scale blocks, so it has one scale per block of inputs; parts of one linear
-(gate and up; q_a and kv_a) each have panels of their own. Two parts of equal size take turns, two panels each:
-a group of four then holds two panels of gate and the like of up.
+(gate and up; q_a and kv_a) each have panels of their own. Two parts of equal size take turns, two panels
+each: a group of four then holds two panels of gate and the like of up.
 
 S slots, P panels, N outputs, K inputs, n and k scale blocks.
 """
@@ -111,7 +111,8 @@ def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, thread
     for s, parts in enumerate(slots):
         assert [tuple(part.w_NK.shape) for part in parts] == [(n, num_inputs) for n in rows], "slots differ"
         assert all(part.block == first[0].block for part in parts), "parts of one linear are quantised alike"
-        _pack_parts([part.w_NK for part in parts], block, panels, panel_bytes, data[s], threads, is_fp8=scaled)
+        matrices = [part.w_NK for part in parts]
+        _pack_parts(matrices, block, panels, panel_bytes, data[s], threads, is_fp8=scaled)
         if scale is not None:
             for number, part in enumerate(parts):
                 mine = torch.from_numpy(panels.part == number)
