@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -306,6 +309,35 @@ def test_absorb_multiplies_per_head(native: KernelSet, heads: int, inputs: int, 
         for prepared in (native.prepare_values(w_HKN), native.prepare_keys(w_HKN)):
             y_THN = native.absorb(x_THK, prepared)
             assert torch.allclose(y_THN.double(), exact, rtol=2**-8, atol=1e-4 * inputs**0.5)
+
+
+# -- threads -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_one_process_call_at_once(native: KernelSet) -> None:
+    """Four callers, two threads each: the pool helps one at a time, none waits for it, all are right."""
+    linear, x_TK = native.prepare_linear([stored(200, 300)]), torch.randn(70, 300).bfloat16()
+    wanted = native.linear(x_TK, linear, torch.float32)
+
+    def call(num_rows: int) -> bool:
+        return all(
+            same_bits(native.linear(x_TK[:num_rows], linear, torch.float32), wanted[:num_rows])
+            for _ in range(50)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, (1, 17, 70, 70)))
+
+
+def test_a_forked_child_makes_threads_of_its_own(native: KernelSet) -> None:
+    linear, x_TK = native.prepare_linear([stored(200, 300)]), torch.randn(40, 300).bfloat16()
+    wanted = native.linear(x_TK, linear, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork beside threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if same_bits(native.linear(x_TK, linear, torch.float32), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # -- the fault is named --------------------------------------------------------------------------------------
