@@ -106,6 +106,8 @@ class Exchange:
         """
         num_rows, top_k = expert_TK.shape
         assert len(rows_TW) == num_rows, f"{len(rows_TW)} rows, experts for {num_rows}"
+        if self.comm.size == 1:
+            return self._stay(moe_layer, rows_TW, expert_TK)
         rank_TK = self.rank_LE[moe_layer][expert_TK]
         to_rank_RT = _destinations(rank_TK, self.comm.size)
         send = to_rank_RT.sum(1).tolist()
@@ -131,6 +133,9 @@ class Exchange:
         assert len(out_MD) == len(ticket.arrived_M), (
             f"{len(out_MD)} outputs for {len(ticket.arrived_M)} pairs"
         )
+        if self.comm.size == 1:
+            home_ND = torch.empty_like(out_MD).index_copy_(0, ticket.arrived_M, out_MD)
+            return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
         out_MB = to_bytes(out_MD)
         arrival_MB = torch.empty_like(out_MB).index_copy_(0, ticket.arrived_M, out_MB)
         came_home_NB = self.comm.all_to_all_rows(arrival_MB, ticket.pairs_from, ticket.pairs_to)
@@ -143,6 +148,21 @@ class Exchange:
         self._load_Le[moe_layer] += work.counts_per_slot
         self._num_rows_sent += num_rows_away
         self.num_bytes_sent += num_bytes
+
+    def _stay(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
+        """`dispatch` of a world of one: the same pairs in the same order, and nothing is moved.
+
+        Not the general way with one rank: that is 40 calls of torch a layer, half the time of a decode step
+        on a CPU.
+        """
+        num_rows, top_k = expert_TK.shape
+        slot_N = self.slot_LE[moe_layer][expert_TK.flatten()]
+        counts_e = slot_N.bincount(minlength=self.num_slots[moe_layer])
+        slot_M, order_M = slot_N.sort(stable=True)
+        self._load_Le[moe_layer] += counts_e
+        work = Dispatched(rows_TW, order_M.div(top_k, rounding_mode="floor"), slot_M.long(), counts_e)
+        pairs = [num_rows * top_k]
+        return work, Ticket(num_rows, top_k, order_M, torch.empty(0, dtype=torch.int64), pairs, pairs)
 
     def _exchange_counts(self, send: list[int]) -> list[int]:
         """How many rows each rank will send to this one."""

@@ -143,8 +143,8 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
     model: str | None = (
         None  # model directory, unless the command line names one; relative to where it is run
     )
-    kernels: Literal["auto", "reference"] = (
-        "auto"  # auto: the fastest set this machine has; reference: plain torch
+    kernels: Literal["auto", "native", "triton", "reference"] = (
+        "auto"  # auto: the fastest set this machine has; native: C++ for CPUs; reference: plain torch
     )
     dtype: Literal["bfloat16", "float32"] = (
         "bfloat16"  # of the residual stream; float32: slow, for comparisons

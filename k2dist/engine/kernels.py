@@ -1,11 +1,20 @@
-"""Which kernels a rank uses: the names a config may give, and what `auto` means on this machine."""
+"""Which kernels a rank uses: the names a config may give, and what `auto` means on this machine.
+
+auto        native where its library is there and the stream is bfloat16, else reference (with a warning)
+native      C++ for the CPU: bfloat16 only
+reference   plain torch: any dtype, slow
+"""
+
+import logging
 
 import torch
 from k2kernels import KernelSet
+from k2kernels.native import NoNativeKernelsError
 
 from k2dist.errors import ConfigError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LOG = logging.getLogger(__name__)
 
 
 CPU = torch.device("cpu")
@@ -15,8 +24,31 @@ def select_kernels(name: str, dtype: str, device: torch.device = CPU) -> KernelS
     """The kernel set called `name`, for a residual stream of `dtype` and weights on `device`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}")
-    if name not in ("auto", "reference", "triton"):
-        raise ConfigError(f"kernels={name!r}: use 'auto', 'reference' or 'triton'")
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
-        return KernelSet.triton(_DTYPES[dtype])
+    match name:
+        case "reference":
+            return KernelSet.reference(_DTYPES[dtype])
+        case "native":
+            return _native(dtype)
+        case "triton":
+            return KernelSet.triton(_DTYPES[dtype])
+        case "auto":
+            return KernelSet.triton(_DTYPES[dtype]) if device.type == "cuda" else _best(dtype)
+    raise ConfigError(f"kernels={name!r}: use 'auto', 'native', 'triton' or 'reference'")
+
+
+def _native(dtype: str) -> KernelSet:
+    if dtype != "bfloat16":
+        raise ConfigError(f"kernels='native', dtype={dtype!r}: native kernels compute in bfloat16 only")
+    try:
+        return KernelSet.native()
+    except NoNativeKernelsError as error:
+        raise ConfigError(f"kernels='native': {error}") from error
+
+
+def _best(dtype: str) -> KernelSet:
+    if dtype == "bfloat16":
+        try:
+            return KernelSet.native()
+        except NoNativeKernelsError as error:
+            _LOG.warning("kernels.slow_path reason=%r", str(error))
     return KernelSet.reference(_DTYPES[dtype])

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from k2dist.comm import Communicator, thread_group, thread_world
+from k2dist.comm import Alone, Communicator, thread_group
 from k2dist.config import read_architecture
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
@@ -169,13 +169,18 @@ class LocalWorld:
 
 
 def _connect(layout: Layout, deadline_s: float) -> list[RankComms]:
-    world = thread_world(layout.world_size, deadline_s)
-    control = thread_world(layout.world_size, deadline_s)
+    everyone = range(layout.world_size)
+    world, control = _group(everyone, deadline_s), _group(everyone, deadline_s)
     lane_groups: dict[int, tuple[Communicator, Communicator]] = {}
     for lane in range(layout.num_lanes):
         members = layout.members(LaneId(lane))
-        groups = zip(thread_group(members, deadline_s), thread_group(members, deadline_s), strict=True)
+        groups = zip(_group(members, deadline_s), _group(members, deadline_s), strict=True)
         lane_groups |= dict(zip(members, groups, strict=True))
     return [
         RankComms(world[w], control[w], *lane_groups.get(w, (None, None))) for w in range(layout.world_size)
     ]
+
+
+def _group(members: Sequence[int], deadline_s: float) -> Sequence[Communicator]:
+    """One communicator per member; who is alone waits for nobody and copies nothing."""
+    return [Alone()] if len(members) == 1 else thread_group(members, deadline_s)

@@ -43,11 +43,11 @@ class LLM:
     """A model, loaded and ready. `close` it, or use it as a context; left open it ends with the interpreter.
 
     model_dir: a checkpoint as Moonshot publishes it. lanes, tp: ranks are lanes x tp threads; more than one
-    of either is for trying a layout, one is the fastest here. kernels: "auto" or "reference". dtype: of the
-    residual stream, "bfloat16" or "float32" (slow, for comparisons). Each lane has `num_pages` pages of
-    `page_tokens` tokens, and `limits` of its own. seed: where the seeds of prompts that give none are drawn
-    from, in their order; None: from chance. step_deadline_s: what a rank waits for others in one exchange.
-    progress: show on stderr how far loading is; None: on a terminal.
+    of either is for trying a layout, one is the fastest here. kernels: "auto", "native" or "reference".
+    dtype: of the residual stream, "bfloat16" or "float32" (slow, for comparisons). Each lane has `num_pages`
+    pages of `page_tokens` tokens, and `limits` of its own. seed: where the seeds of prompts that give none
+    are drawn from, in their order; None: from chance. step_deadline_s: what a rank waits for others in one
+    exchange. progress: show on stderr how far loading is; None: on a terminal.
 
     Errors: CheckpointError, ConfigError, LayoutError, FaultyRankError. One call at a time: a second one is a
     UsageError. When a rank fails, the call under way and all later ones raise what the rank raised.

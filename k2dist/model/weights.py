@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
-from k2kernels import Experts, KernelSet, Linear, StoredWeight
+from k2kernels import Experts, KernelSet, Prepared, StoredWeight
 from k2kernels.fp8_gemm import dequantise
 from torch import Tensor
 
@@ -24,21 +24,21 @@ from k2dist.parallel import RankPlace
 
 @dataclass(frozen=True, slots=True)
 class Mla:
-    qkv_a: Linear  # q_a and kv_a, one after the other: whole on every tp rank
+    qkv_a: Prepared  # q_a and kv_a, one after the other: whole on every tp rank
     q_norm_Q: Tensor
     kv_norm_L: Tensor
-    q_b: Linear  # rows of this rank's heads
-    w_uk_hNL: Tensor  # kv_b's key part: latent -> unrotated key, and absorbed the other way
-    w_uv_hLV: Tensor  # kv_b's value part, transposed
-    o: Linear  # columns of this rank's heads: outputs are partial sums
+    q_b: Prepared  # rows of this rank's heads
+    w_uk_hNL: Prepared  # kv_b's key part: latent -> unrotated key, and absorbed the other way
+    w_uv_hLV: Prepared  # kv_b's value part, transposed
+    o: Prepared  # columns of this rank's heads: outputs are partial sums
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """SwiGLU. A dense layer's is cut over tp: its outputs are partial sums. A shared expert's is whole."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Prepared
+    down: Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class LaneWeights:
     first_token: int  # vocabulary row 0 of this rank's slice
     layers: tuple[Layer, ...]
     norm_D: Tensor
-    head_vD: Tensor
+    head_vD: Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +223,8 @@ def _mla(source: _Source, architecture: Architecture, prefix: str, tp: int, kern
         q_b=kernels.prepare_linear(
             [source.weight(f"{prefix}q_b_proj", heads * architecture.qk_head_dim, q_rank)]
         ),
-        w_uk_hNL=kernels.prepare_plain(kv_b_hRL[:, :nope]),
-        w_uv_hLV=kernels.prepare_plain(kv_b_hRL[:, nope:].transpose(1, 2)),
+        w_uk_hNL=kernels.prepare_keys(kv_b_hRL[:, :nope]),
+        w_uv_hLV=kernels.prepare_values(kv_b_hRL[:, nope:].transpose(1, 2)),
         o=kernels.prepare_linear([source.weight(f"{prefix}o_proj", hidden, heads * value)]),
     )
 

@@ -3,7 +3,16 @@
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.fp8_gemm import Linear, StoredWeight
 from k2kernels.grouped_gemm import GroupedLinear
-from k2kernels.kernel_set import Experts, KernelSet
+from k2kernels.kernel_set import Experts, KernelSet, Prepared
 from k2kernels.router_topk import Rule
 
-__all__ = ["Experts", "GroupedLinear", "KernelSet", "Linear", "QuantisedRows", "Rule", "StoredWeight"]
+__all__ = [
+    "Experts",
+    "GroupedLinear",
+    "KernelSet",
+    "Linear",
+    "Prepared",
+    "QuantisedRows",
+    "Rule",
+    "StoredWeight",
+]

@@ -2,6 +2,9 @@
 
     dataclasses.replace(kernels, mla_decode=another)        same contract, other instructions
 
+A few callables do several steps at once (`whole_*`): a set may have them, with the bits of its own single
+steps; None is the composition below, which defines what they give.
+
 Two precisions, chosen by the dtype of the residual stream:
 
     bfloat16   what is served: linears W8A8 where the checkpoint is FP8, cache and expert outputs bfloat16
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,16 +41,21 @@ from k2kernels import (
     wire,
 )
 from k2kernels.act_quant import QuantisedRows
-from k2kernels.fp8_gemm import Linear, StoredWeight
-from k2kernels.grouped_gemm import GroupedLinear
+from k2kernels.fp8_gemm import StoredWeight
+from k2kernels.native.library import load
+from k2kernels.native.ops import NativeOps
+
+# Weights as a set's own `prepare_*` laid them out: dataclasses, tuples and tensors into which nobody else
+# looks, but for `block`, of the scales that activations need (None: no scales).
+Prepared: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The experts of one MoE layer on one rank, by slot; a rank may hold none."""
 
-    gate_up: GroupedLinear
-    down: GroupedLinear
+    gate_up: Prepared
+    down: Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +68,21 @@ class KernelSet:
     cache_dtype: torch.dtype
     return_dtype: torch.dtype
 
-    prepare_linear: Callable[[Sequence[StoredWeight]], Linear]
-    prepare_plain: Callable[[Tensor], Tensor]  # unquantised: the head, the absorbed parts of kv_b
-    prepare_grouped: Callable[[Sequence[Sequence[StoredWeight]], int], GroupedLinear]
+    prepare_linear: Callable[[Sequence[StoredWeight]], Prepared]
+    prepare_plain: Callable[[Tensor], Prepared]  # unquantised: the head
+    prepare_keys: Callable[[Tensor], Prepared]  # kv_b's key part [H, N, L], for absorb and mla_prefill
+    prepare_values: Callable[[Tensor], Prepared]  # its value part [H, L, V], likewise
+    prepare_grouped: Callable[[Sequence[Sequence[StoredWeight]], int], Prepared]
     act_quant: Callable[[Tensor, int], QuantisedRows]
-    fp8_gemm: Callable[[Tensor | QuantisedRows, Linear, torch.dtype], Tensor]
-    grouped_gemm: Callable[[Tensor | QuantisedRows, Tensor, GroupedLinear, torch.dtype], Tensor]
-    linear_bf16: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    fp8_gemm: Callable[[Tensor | QuantisedRows, Prepared, torch.dtype], Tensor]
+    grouped_gemm: Callable[[Tensor | QuantisedRows, Tensor, Prepared, torch.dtype], Tensor]
+    linear_bf16: Callable[[Tensor, Prepared, torch.dtype], Tensor]
     router_logits: Callable[[Tensor, Tensor], Tensor]
     router_topk: Callable[[Tensor, Tensor, router_topk.Rule], tuple[Tensor, Tensor]]
     weighted_sum: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-    absorb: Callable[[Tensor, Tensor], Tensor]
+    absorb: Callable[[Tensor, Prepared], Tensor]
     mla_decode: Callable[[Tensor, Tensor, Tensor, int, Tensor, int, float], Tensor]
-    mla_prefill: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, float], Tensor]
+    mla_prefill: Callable[[Tensor, Tensor, Tensor, int, int, Prepared, Prepared, float], Tensor]
     latent_write_: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     rmsnorm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,6 +90,12 @@ class KernelSet:
     swiglu_quant: Callable[[Tensor, int], QuantisedRows]
     pack: Callable[[Tensor, int | None], Tensor]
     unpack: Callable[[Tensor, int, int | None], Tensor | QuantisedRows]
+
+    whole_linear: Callable[[Tensor, Prepared, torch.dtype], Tensor] | None = None
+    whole_mlp: Callable[[Tensor, Prepared, Prepared, torch.dtype], Tensor] | None = None
+    whole_experts: (
+        Callable[[Tensor | QuantisedRows, Tensor, Tensor, Prepared, Prepared, torch.dtype], Tensor] | None
+    ) = None
 
     @classmethod
     def reference(cls, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
@@ -98,6 +115,8 @@ class KernelSet:
             return_dtype=dtype,
             prepare_linear=fp8_gemm.prepare,
             prepare_plain=linear_bf16.prepare,
+            prepare_keys=linear_bf16.prepare,
+            prepare_values=linear_bf16.prepare,
             prepare_grouped=grouped_gemm.prepare_grouped,
             act_quant=act_quant.reference,
             fp8_gemm=fp8_gemm.reference,
@@ -125,6 +144,48 @@ class KernelSet:
 
         return triton_set(dtype)
 
+    @classmethod
+    def native(cls, isa: str | None = None, num_threads: int | None = None) -> KernelSet:
+        """C++ for this machine's CPU, in bfloat16. NoNativeKernelsError where there are none.
+
+        `isa`: one of `k2kernels.native.load().isas`; None: the best. `num_threads`: of each call; None: as
+        many as torch uses at that moment. Neither threads nor anything but the ISA moves a bit.
+        """
+        library = load()
+        ops = NativeOps(library.best if isa is None else library.isas[isa], num_threads)
+        return cls(
+            name="native",
+            versions=(ops.isa.name, library.build),
+            dtype=torch.bfloat16,
+            cache_dtype=torch.bfloat16,
+            return_dtype=torch.bfloat16,
+            prepare_linear=ops.prepare_linear,
+            prepare_plain=ops.prepare_plain,
+            prepare_keys=ops.prepare_keys,
+            prepare_values=ops.prepare_heads,
+            prepare_grouped=ops.prepare_grouped,
+            act_quant=ops.act_quant,
+            fp8_gemm=ops.fp8_gemm,
+            grouped_gemm=ops.grouped_gemm,
+            linear_bf16=ops.linear_bf16,
+            router_logits=ops.router_logits,
+            router_topk=ops.router_topk,
+            weighted_sum=ops.weighted_sum,
+            absorb=ops.absorb,
+            mla_decode=ops.mla_decode,
+            mla_prefill=ops.mla_prefill,
+            latent_write_=ops.latent_write_,
+            rmsnorm=ops.rmsnorm,
+            rope=ops.rope,
+            swiglu=ops.swiglu,
+            swiglu_quant=ops.swiglu_quant,
+            pack=ops.pack,
+            unpack=ops.unpack,
+            whole_linear=ops.linear,
+            whole_mlp=ops.mlp,
+            whole_experts=ops.experts,
+        )
+
     def fingerprint(self) -> str:
         """Ranks whose fingerprints are equal give equal bits at equal tp."""
         return " | ".join((self.name, *self.versions, str(self.dtype), str(self.cache_dtype)))
@@ -133,14 +194,18 @@ class KernelSet:
     def quantises_activations(self) -> bool:
         return self.dtype == torch.bfloat16
 
-    def linear(self, x_TK: Tensor, w: Linear, out_dtype: torch.dtype | None = None) -> Tensor:
+    def linear(self, x_TK: Tensor, w: Prepared, out_dtype: torch.dtype | None = None) -> Tensor:
         """y = x w^T in this set's arithmetic; `out_dtype`: of the residual stream unless said."""
+        if self.whole_linear is not None:
+            return self.whole_linear(x_TK, w, out_dtype or self.dtype)
         return self.fp8_gemm(self._quantised(x_TK, w.block), w, out_dtype or self.dtype)
 
     def mlp(
-        self, x_TD: Tensor, gate_up: Linear, down: Linear, out_dtype: torch.dtype | None = None
+        self, x_TD: Tensor, gate_up: Prepared, down: Prepared, out_dtype: torch.dtype | None = None
     ) -> Tensor:
         """down(silu(gate x) * (up x))."""
+        if self.whole_mlp is not None:
+            return self.whole_mlp(x_TD, gate_up, down, out_dtype or self.dtype)
         middle = self._gated(self.linear(x_TD, gate_up), down.block)
         return self.fp8_gemm(middle, down, out_dtype or self.dtype)
 
@@ -158,6 +223,8 @@ class KernelSet:
         As `grouped_gemm`: `counts_e` may sum to less than M, and outputs from there on mean nothing. What
         `row_M` holds there are rows of `x`.
         """
+        if self.whole_experts is not None:
+            return self.whole_experts(x, row_M, counts_e, w.gate_up, w.down, self.return_dtype)
         h_MG = self.grouped_gemm(x[row_M], counts_e, w.gate_up, self.dtype)
         middle = self._gated(h_MG, w.down.block)
         return self.grouped_gemm(middle, counts_e, w.down, self.return_dtype)

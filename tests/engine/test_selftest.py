@@ -32,7 +32,13 @@ DOWN = "model.layers.2.mlp.experts.{}.down_proj.weight"
 Spoil = Callable[[dict[str, Tensor]], None]
 
 
-def spec(model_dir: Path, world_rank: int, layout: Layout | None = None, dtype: str = "float32") -> RankSpec:
+def spec(
+    model_dir: Path,
+    world_rank: int,
+    layout: Layout | None = None,
+    dtype: str = "float32",
+    kernels: str = "auto",
+) -> RankSpec:
     layout = layout or first_layout(read_architecture(model_dir), lanes=1, tp=2, expert_only_ranks=1)
     return RankSpec(
         model_dir=str(model_dir),
@@ -41,6 +47,7 @@ def spec(model_dir: Path, world_rank: int, layout: Layout | None = None, dtype: 
         page_tokens=16,
         num_pages=8,
         limits=LIMITS,
+        kernels=kernels,
         dtype=dtype,
     )
 
@@ -185,11 +192,18 @@ def test_what_lies_wrong_in_one_ranks_memory_is_named(
             spoil(tensors)
         return tensors
 
+    def load(world_rank: int, kernels: str) -> None:
+        RankRuntime(spec(tiny_model_dir, world_rank, dtype=dtype, kernels=kernels)).load()
+
     monkeypatch.setattr(runtime, "load_shard", spoiled)
-    RankRuntime(spec(tiny_model_dir, 0, dtype=dtype)).load()
-    RankRuntime(spec(tiny_model_dir, 2, dtype=dtype)).load()
+    load(0, "reference")
+    load(2, "reference")
     with pytest.raises(FaultyRankError, match=f"^world rank 1: self-test: {message}"):
-        RankRuntime(spec(tiny_model_dir, 1, dtype=dtype)).load()
+        load(1, "reference")
+    # A packed layout tells the tensor, or the two that lie in one, but neither row nor column.
+    tensor = message.split(":")[0].replace("_scale_inv", "")
+    with pytest.raises(FaultyRankError, match=f"^world rank 1: self-test: .*{tensor}"):
+        load(1, "auto")
 
 
 def test_a_world_with_such_a_rank_does_not_start(

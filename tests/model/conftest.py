@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from k2kernels import KernelSet
+from k2kernels.native import NoNativeKernelsError
 from torch import Tensor
 
 from k2dist.checkpoint import publish, random_tensors
@@ -24,6 +25,7 @@ from k2dist.model.weights import Weights, assemble
 from k2dist.parallel import Layout, RankPlace, expert_homes, first_layout, shard_plan
 
 PAGE_TOKENS = 16
+KERNELS = ("float32", "bfloat16", "native")
 
 
 def small_architecture(**changes: object) -> Architecture:
@@ -174,10 +176,10 @@ class Rank:
         world_rank: int,
         world: Communicator,
         lane: Communicator | None,
-        dtype: torch.dtype,
+        kernels: KernelSet,
         num_pages: int = 64,
     ) -> Rank:
-        kernels, place, cache = KernelSet.reference(dtype), layout.place(world_rank), None
+        place, cache = layout.place(world_rank), None
         if place.lane is not None:
             cache = LatentCache.allocate(architecture, num_pages, PAGE_TOKENS, kernels)
             for layer in cache.layers:
@@ -238,8 +240,11 @@ def open_world(
     layout: Layout | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    kernels: KernelSet | None = None,
     num_pages: int = 64,
 ) -> World:
+    """`kernels`: the reference for `dtype` unless said."""
+    kernels = kernels or KernelSet.reference(dtype)
     layout = layout or first_layout(architecture, lanes=1, tp=1)
     comms = thread_world(layout.world_size, 30.0) if layout.world_size > 1 else [Alone()]
     lanes: dict[int, Communicator] = {}
@@ -249,7 +254,7 @@ def open_world(
             members, thread_world(len(members), 30.0) if len(members) > 1 else [Alone()], strict=True
         )
     ranks = [
-        Rank.open(architecture, published, layout, w, comm, lanes.get(w), dtype, num_pages)
+        Rank.open(architecture, published, layout, w, comm, lanes.get(w), kernels, num_pages)
         for w, comm in enumerate(comms)
     ]
     return World(layout, ranks)
@@ -275,6 +280,21 @@ def random_sequence(
     return Tokens([rng.randrange(architecture.vocab_size) for _ in range(num_tokens)], prompt_len, pages)
 
 
+def kernels_named(name: str) -> KernelSet:
+    """The reference for "float32" and "bfloat16", or "native"; skips where this machine has none."""
+    if name != "native":
+        return KernelSet.reference({"float32": torch.float32, "bfloat16": torch.bfloat16}[name])
+    try:
+        return KernelSet.native()
+    except NoNativeKernelsError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> KernelSet:
+    return kernels_named(request.param)
+
+
 class Rig:
     """What tests of this folder use; a conftest cannot be imported."""
 
@@ -283,6 +303,7 @@ class Rig:
     batch = staticmethod(make_batch)
     world = staticmethod(open_world)
     sequence = staticmethod(random_sequence)
+    kernels = staticmethod(kernels_named)
     grant = Grant
     cut_for = staticmethod(cut_for)
     rank = Rank

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from k2kernels import KernelSet
 from torch import Tensor
 
 from k2dist.comm import DistCommunicator, host_store, join_store
@@ -92,7 +93,8 @@ def rank_main(port: int, world_rank: int) -> list[Tensor]:
         world = connect("world", tuple(range(NUM_RANKS)))
         lane = layout.place(world_rank).lane
         lane_comm = None if lane is None else connect(f"lane{lane}", layout.members(lane))
-        rank = rig.rank.open(architecture, published, layout, world_rank, world, lane_comm, dtype)
+        kernels = KernelSet.reference(dtype)
+        rank = rig.rank.open(architecture, published, layout, world_rank, world, lane_comm, kernels)
         # Rows lie elsewhere in the batches of the processes than in those of the threads.
         logits += [rank.step(batches) for batches in steps(rig, architecture, layout, shuffle_seed=1)]
     return logits

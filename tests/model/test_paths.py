@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
+from k2kernels import KernelSet
 from torch import Tensor
 
 if TYPE_CHECKING:
     from tests.model.conftest import Rig, Tokens, World
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 def portions(rig: Rig, world: World, sequence: Tokens, cuts: list[int]) -> Tensor:
@@ -21,30 +19,28 @@ def portions(rig: Rig, world: World, sequence: Tokens, cuts: list[int]) -> Tenso
     return torch.cat([world.step({0: rig.batch([rig.grant(sequence, a, b)], 1)})[0] for a, b in steps])
 
 
-@DTYPES
-def test_a_prompt_has_the_same_bits_however_it_is_cut(rig: Rig, dtype: torch.dtype, seed: int) -> None:
+def test_a_prompt_has_the_same_bits_however_it_is_cut(rig: Rig, kernels: KernelSet, seed: int) -> None:
     architecture = rig.architecture()
     published = rig.published(architecture)
     sequence = rig.sequence(architecture, 150, 150, 2, random.Random(seed))
-    whole = portions(rig, rig.world(architecture, published, dtype=dtype), sequence, [])
+    whole = portions(rig, rig.world(architecture, published, kernels=kernels), sequence, [])
     assert torch.isfinite(whole).all()
     for cuts in (list(range(1, 150)), [40, 80, 120], [1, 17, 18, 64, 65, 149]):
         assert torch.equal(
-            portions(rig, rig.world(architecture, published, dtype=dtype), sequence, cuts), whole
+            portions(rig, rig.world(architecture, published, kernels=kernels), sequence, cuts), whole
         )
 
 
-@DTYPES
 def test_generated_rows_have_the_same_bits_together_and_one_by_one(
-    rig: Rig, dtype: torch.dtype, seed: int
+    rig: Rig, kernels: KernelSet, seed: int
 ) -> None:
     """A recovery recomputes many generated positions in one step."""
     architecture = rig.architecture()
     published = rig.published(architecture)
     sequence = rig.sequence(architecture, 130, 50, 0, random.Random(seed))
-    at_once = portions(rig, rig.world(architecture, published, dtype=dtype), sequence, [50])
+    at_once = portions(rig, rig.world(architecture, published, kernels=kernels), sequence, [50])
     for cuts in (list(range(50, 130)), [20, 50, 51, 77]):
-        again = portions(rig, rig.world(architecture, published, dtype=dtype), sequence, cuts)
+        again = portions(rig, rig.world(architecture, published, kernels=kernels), sequence, cuts)
         assert torch.equal(again, at_once)
 
 
@@ -59,8 +55,7 @@ def test_both_paths_agree_in_float32(rig: Rig, seed: int) -> None:
     assert (as_prompt - as_generated).abs().max() < 1e-4 * as_prompt.abs().max()
 
 
-@DTYPES
-def test_a_row_does_not_see_its_company(rig: Rig, dtype: torch.dtype, seed: int) -> None:
+def test_a_row_does_not_see_its_company(rig: Rig, kernels: KernelSet, seed: int) -> None:
     """Sequences step together, rows shuffled, on other pages: bit for bit what each gives alone."""
     architecture = rig.architecture()
     published = rig.published(architecture)
@@ -70,11 +65,11 @@ def test_a_row_does_not_see_its_company(rig: Rig, dtype: torch.dtype, seed: int)
     for num_tokens, prompt_len in shapes:
         sequence = rig.sequence(architecture, num_tokens, prompt_len, 0, rng)
         cuts = [prompt_len] if prompt_len < num_tokens else []
-        alone.append(portions(rig, rig.world(architecture, published, dtype=dtype), sequence, cuts))
+        alone.append(portions(rig, rig.world(architecture, published, kernels=kernels), sequence, cuts))
         sequence.pages = [page + first_page for page in reversed(sequence.pages)]
         first_page += len(sequence.pages)
         sequences.append(sequence)
-    world = rig.world(architecture, published, dtype=dtype)
+    world = rig.world(architecture, published, kernels=kernels)
     done = [0] * len(sequences)
     together: list[list[Tensor]] = [[] for _ in sequences]
     while any(at < len(sequence.tokens) for at, sequence in zip(done, sequences, strict=True)):

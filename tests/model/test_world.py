@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from k2kernels.native import NoNativeKernelsError, load
 from torch import Tensor
 
 from k2dist.config import Architecture
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from tests.model.conftest import Rig, Tokens
 
 SHAPES = ((33, 21), (1, 1), (58, 40), (20, 3))  # tokens, of them prompt
+
+
+def available() -> list[str]:
+    """Kernel sets that this machine can run."""
+    try:
+        load()
+    except NoNativeKernelsError:
+        return ["float32", "bfloat16"]
+    return ["float32", "bfloat16", "native"]
 
 
 def layouts(architecture: Architecture) -> list[Layout]:
@@ -42,11 +52,11 @@ def sequences(rig: Rig, architecture: Architecture) -> list[Tokens]:
 
 
 def run(
-    rig: Rig, layout: Layout, dtype: torch.dtype, shuffle: random.Random | None, lane_of: list[int]
+    rig: Rig, layout: Layout, kernels: str, shuffle: random.Random | None, lane_of: list[int]
 ) -> list[Tensor]:
     """Every sequence's logits: prompts in one step, then the generated rows; each on its lane."""
     architecture = rig.architecture()
-    world = rig.world(architecture, rig.published(architecture), layout, dtype=dtype)
+    world = rig.world(architecture, rig.published(architecture), layout, kernels=rig.kernels(kernels))
     parts: list[list[Tensor]] = [[] for _ in SHAPES]
     everyone = sequences(rig, architecture)
     for is_prompt in (True, False):
@@ -69,38 +79,40 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def expected(rig: Rig) -> dict[tuple[int, torch.dtype], list[Tensor]]:
-    """One lane, rows in order: by tp and dtype."""
+def expected(rig: Rig) -> dict[tuple[int, str], list[Tensor]]:
+    """One lane, rows in order: by tp and kernels."""
     architecture = rig.architecture()
     return {
-        (tp, dtype): run(rig, first_layout(architecture, lanes=1, tp=tp), dtype, None, [0] * len(SHAPES))
+        (tp, kernels): run(rig, first_layout(architecture, lanes=1, tp=tp), kernels, None, [0] * len(SHAPES))
         for tp in (1, 2, 4)
-        for dtype in (torch.float32, torch.bfloat16)
+        for kernels in available()
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kernels", ["float32", "bfloat16", "native"])
 @pytest.mark.parametrize("number", range(9))
 def test_a_layout_changes_no_bit_at_equal_tp(
     rig: Rig,
-    expected: dict[tuple[int, torch.dtype], list[Tensor]],
+    expected: dict[tuple[int, str], list[Tensor]],
     number: int,
-    dtype: torch.dtype,
+    kernels: str,
     seed: int,
 ) -> None:
     """Rows shuffled, shares uneven (a tp rank may have none), a lane idle while another works."""
+    if kernels not in available():
+        pytest.skip("no native kernels were built")
     layout = layouts(rig.architecture())[number]
     for lane_of in ([0, 1, 2, 3], [0, 0, 0, 0], [1, 1, 1, 0]):
-        logits = run(rig, layout, dtype, random.Random(seed), lane_of)
-        for i, (rows, wanted) in enumerate(zip(logits, expected[layout.tp, dtype], strict=True)):
+        logits = run(rig, layout, kernels, random.Random(seed), lane_of)
+        for i, (rows, wanted) in enumerate(zip(logits, expected[layout.tp, kernels], strict=True)):
             assert torch.equal(rows, wanted), f"sequence {i}, lanes {lane_of}"
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tp_gives_the_tokens_of_one_rank_in_float32(
-    rig: Rig, expected: dict[tuple[int, torch.dtype], list[Tensor]], tp: int
+    rig: Rig, expected: dict[tuple[int, str], list[Tensor]], tp: int
 ) -> None:
-    for rows, wanted in zip(expected[tp, torch.float32], expected[1, torch.float32], strict=True):
+    for rows, wanted in zip(expected[tp, "float32"], expected[1, "float32"], strict=True):
         assert torch.equal(rows.argmax(-1), wanted.argmax(-1))
         assert (rows - wanted).abs().max() < 1e-4 * wanted.abs().max()
 

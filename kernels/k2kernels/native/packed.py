@@ -1,0 +1,197 @@
+"""Weights as the native kernels read them: panels of 16 outputs, float8 kept as it is (`native/abi.h`).
+
+A panel never crosses a row of scale blocks, so it has one scale per block of inputs; parts of one linear
+(gate and up; q_a and kv_a) each have panels of their own. Two parts of equal size take turns, two panels
+each: a group of four then holds two panels of gate and the like of up.
+
+S slots, P panels, N outputs, K inputs, n and k scale blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k2kernels.fp8_gemm import StoredWeight
+from k2kernels.native.library import BF16, FP8, Packed, load
+
+PANEL = 16
+BLOCK = 128  # of inputs, where no scale sets it
+TRIM_BYTES = 16 * 2**20  # of a weight; trimming takes milliseconds, and most weights are small
+BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """One linear (S = 1), or many of one shape. `block`: of the activations' scales; None: not quantised.
+
+    data: uint8 [S, bytes]; scale: float32 [S, P, k] or None.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    block: int | None
+    num_outputs: int
+    num_inputs: int
+    packed: _Handle = field(compare=False, repr=False)
+
+    @property
+    def num_slots(self) -> int:
+        return self.data.shape[0]
+
+
+class _Handle:
+    """The C structure, and the memory that it points to besides the tensors."""
+
+    def __init__(self, packed: Packed, *kept: object) -> None:
+        self.packed = packed
+        self.pointer = ctypes.pointer(packed)
+        self._kept = kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Panels:
+    """Where panels begin in their part and in the output, and how many rows each has."""
+
+    part: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[int], block: int) -> _Panels:
+        """`rows` of each part, in scale blocks of `block` rows."""
+        parts: list[list[tuple[int, int, int, int]]] = []
+        column = 0
+        for part, num_rows in enumerate(rows):
+            starts = [
+                (row, min(PANEL, start + block - row, num_rows - row))
+                for start in range(0, num_rows, block)
+                for row in range(start, min(start + block, num_rows), PANEL)
+            ]
+            parts.append([(part, row, column + row, width) for row, width in starts])
+            column += num_rows
+        table = np.array(_in_turn(parts), dtype=np.int32).reshape(-1, 4).T
+        return cls(*(np.ascontiguousarray(x) for x in table))
+
+
+def _in_turn(parts: list[list[tuple[int, int, int, int]]]) -> list[tuple[int, int, int, int]]:
+    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+        return [panel for part in parts for panel in part]
+    both = []
+    for first in range(0, len(parts[0]), 2):
+        both += parts[0][first : first + 2] + parts[1][first : first + 2]
+    return both
+
+
+def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, threads: int) -> PackedLinear:
+    """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes."""
+    if not slots:
+        return _empty(num_outputs)
+    first = slots[0]
+    scaled = first[0].block is not None
+    block = first[0].block or BLOCK
+    assert block <= BLOCK_MAX, f"scale blocks of {block}: the native kernels take at most {BLOCK_MAX}"
+    rows, num_inputs = [len(part.w_NK) for part in first], first[0].w_NK.shape[1]
+    assert sum(rows) == num_outputs, f"{sum(rows)} outputs, not {num_outputs}"
+    panels = _Panels.of(rows, block)
+    num_panels, num_blocks = len(panels.row), -(-num_inputs // block)
+    depth = sum(-(-min(block, num_inputs - k) // 32) * 32 for k in range(0, num_inputs, block))
+    panel_bytes = depth * PANEL * (1 if scaled else 2)
+    if len(slots) * num_panels * panel_bytes >= TRIM_BYTES:
+        load().trim()  # what was packed before this has been freed by now
+    data = torch.empty(len(slots), num_panels * panel_bytes, dtype=torch.uint8)
+    load().advise(data.data_ptr(), data.nbytes)
+    scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
+    for s, parts in enumerate(slots):
+        assert [tuple(part.w_NK.shape) for part in parts] == [(n, num_inputs) for n in rows], "slots differ"
+        assert all(part.block == first[0].block for part in parts), "parts of one linear are quantised alike"
+        matrices = [part.w_NK for part in parts]
+        _pack_parts(matrices, block, panels, panel_bytes, data[s], threads, is_fp8=scaled)
+        if scale is not None:
+            for number, part in enumerate(parts):
+                mine = torch.from_numpy(panels.part == number)
+                scale[s, mine] = _panel_scales(part, panels.row[panels.part == number])
+    return _finished(
+        data, scale, first[0].block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels
+    )
+
+
+def _pack_parts(
+    parts: Sequence[Tensor],
+    block: int,
+    panels: _Panels,
+    panel_bytes: int,
+    out: Tensor,
+    threads: int,
+    *,
+    is_fp8: bool,
+) -> None:
+    wanted = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
+    for part in parts:
+        assert part.dtype == wanted, f"a weight of {part.dtype}, expected {wanted}"
+        assert part.stride() == parts[0].stride(), "parts of one linear lie alike"
+    matrices = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+    load().pack(
+        threads,
+        FP8 if is_fp8 else BF16,
+        matrices,
+        parts[0].shape[1],
+        *parts[0].stride(),
+        block,
+        len(panels.row),
+        panels.part.ctypes.data,
+        panels.row.ctypes.data,
+        panels.width.ctypes.data,
+        panel_bytes,
+        out.data_ptr(),
+    )
+
+
+def _panel_scales(part: StoredWeight, row_P: np.ndarray) -> Tensor:
+    """[P, k]: of the block that each panel lies in."""
+    assert part.scale_nk is not None
+    assert part.block is not None
+    (num_rows, num_cols), block = part.w_NK.shape, part.block
+    expected = (-(-num_rows // block), -(-num_cols // block))
+    assert tuple(part.scale_nk.shape) == expected, (
+        f"scales {list(part.scale_nk.shape)} for a weight [{num_rows}, {num_cols}] in blocks of {block}"
+    )
+    return part.scale_nk[torch.from_numpy(row_P.astype(np.int64)) // block].float()
+
+
+def _finished(
+    data: Tensor,
+    scale: Tensor | None,
+    act_block: int | None,
+    block: int,
+    num_outputs: int,
+    num_inputs: int,
+    num_blocks: int,
+    panel_bytes: int,
+    panels: _Panels,
+) -> PackedLinear:
+    packed = Packed(
+        kind=BF16 if scale is None else FP8,
+        block=block,
+        num_panels=len(panels.row),
+        num_blocks=num_blocks,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        panel_bytes=panel_bytes,
+        data=data.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        column=panels.column.ctypes.data,
+        width=panels.width.ctypes.data,
+    )
+    return PackedLinear(data, scale, act_block, num_outputs, num_inputs, _Handle(packed, panels))
+
+
+def _empty(num_outputs: int) -> PackedLinear:
+    """Of a rank without slots."""
+    return PackedLinear(torch.empty(0, 0, dtype=torch.uint8), None, None, num_outputs, 0, _Handle(Packed()))

@@ -1,0 +1,171 @@
+// The library's door: which ISAs this machine can run, each one's functions, and the packing of weights.
+#include "abi.h"
+#include "pool.h"
+
+#include <cpuid.h>
+#include <cstdlib>
+#include <cstring>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace k2_avx2 {
+extern const K2Ops ops;
+}
+namespace k2_avx512 {
+extern const K2Ops ops;
+}
+namespace k2_avx512_bf16 {
+extern const K2Ops ops;
+}
+namespace k2_amx {
+extern const K2Ops ops;
+}
+
+namespace {
+
+constexpr long kAskForState = 0x1023, kTileData = 18; // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+
+bool has_amx() {
+#if defined(K2_WITH_AMX)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 22)))
+    return false;
+  // Linux gives a process the tiles only if it asks, once for all its threads.
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+uint8_t recoded(uint8_t code) { // NaN takes the place of -0, whose product with anything adds nothing
+  return code == 0x80 ? 0x00 : (code & 0x7f) == 0x7f ? 0x80 : code;
+}
+
+// Four codes at once where none is rare.
+uint32_t recoded4(uint32_t codes) {
+  const uint32_t nan = ((codes & 0x7f7f7f7f) + 0x01010101) & 0x80808080;
+  const uint32_t other = codes ^ 0x80808080, minus_zero = (other - 0x01010101) & ~other & 0x80808080;
+  if ((nan | minus_zero) == 0)
+    return codes;
+  uint8_t bytes[4];
+  memcpy(bytes, &codes, 4);
+  for (uint8_t &byte : bytes)
+    byte = recoded(byte);
+  memcpy(&codes, bytes, 4);
+  return codes;
+}
+
+// Inputs [begin, end) of a panel.
+void pack_block(int kind, const uint8_t *rows, int64_t row_stride, int64_t col_stride, int64_t begin, int64_t end,
+                int width, int64_t block_bytes, uint8_t *to) {
+  memset(to, 0, size_t(block_bytes));
+  for (int n = 0; n < width; n++) {
+    if (kind == K2_BF16) {
+      const uint8_t *from = rows + n * row_stride * 2;
+      for (int64_t k = begin; k < end; k++)
+        memcpy(to + (k - begin) / 2 * 64 + (k - begin) % 2 * 2 + n * 4, from + k * col_stride * 2, 2);
+      continue;
+    }
+    const uint8_t *from = rows + n * row_stride;
+    uint8_t *at = to + n / 4 * 16 + n % 4 * 2; // inputs 0, 1 of a chunk; 2, 3 are 8 bytes further
+    for (int64_t k = begin; k < end; k += 4, at += 64) {
+      uint32_t codes = 0;
+      if (col_stride == 1 && k + 4 <= end)
+        memcpy(&codes, from + k, 4);
+      else
+        for (int64_t i = 0; i < 4 && k + i < end; i++)
+          codes |= uint32_t(from[(k + i) * col_stride]) << (8 * i);
+      codes = recoded4(codes);
+      memcpy(at, &codes, 2);
+      memcpy(at + 8, reinterpret_cast<uint8_t *>(&codes) + 2, 2);
+    }
+  }
+}
+
+} // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// What gave these bits: the sources' checksum and the compiler.
+EXPORT const char *k2_build() { return K2_SOURCES " " __VERSION__; }
+
+// Bit i: whether this machine runs ISA i.
+EXPORT int k2_isas() {
+  __builtin_cpu_init();
+  int isas = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    isas |= 1 << K2_AVX2;
+  if (isas && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    isas |= 1 << K2_AVX512;
+  if ((isas & 1 << K2_AVX512) && __builtin_cpu_supports("avx512bf16"))
+    isas |= 1 << K2_AVX512_BF16;
+  if ((isas & 1 << K2_AVX512_BF16) && has_amx())
+    isas |= 1 << K2_AMX;
+  return isas;
+}
+
+EXPORT const K2Ops *k2_ops(int isa) {
+  switch (isa) {
+#if defined(K2_WITH_AVX2)
+  case K2_AVX2:
+    return &k2_avx2::ops;
+#endif
+#if defined(K2_WITH_AVX512)
+  case K2_AVX512:
+    return &k2_avx512::ops;
+#endif
+#if defined(K2_WITH_AVX512_BF16)
+  case K2_AVX512_BF16:
+    return &k2_avx512_bf16::ops;
+#endif
+#if defined(K2_WITH_AMX)
+  case K2_AMX:
+    return &k2_amx::ops;
+#endif
+  default:
+    return nullptr;
+  }
+}
+
+// Large pages for memory that will be read from end to end, where the kernel gives them on request.
+EXPORT void k2_advise(void *memory, int64_t num_bytes) {
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (uintptr_t(memory) + page - 1) & ~(page - 1), end = (uintptr_t(memory) + num_bytes) & ~(page - 1);
+  if (end > begin)
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusal costs only speed
+}
+
+// Give memory that was freed back to the system: a checkpoint's tensors lie among others that stay, and glibc
+// keeps such holes (1.1 GB of a 1.4 GB model, measured). Elsewhere nothing is done.
+EXPORT void k2_trim() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+// Fill `out` as K2Packed says. Panel p gets rows [row[p], row[p] + width[p]) of matrix part[p]; a matrix has
+// elements of one (fp8) or two bytes, element (n, k) at n * row_stride + k * col_stride.
+EXPORT void k2_pack(int threads, int kind, const uint8_t *const *matrix, int64_t num_inputs, int64_t row_stride,
+                    int64_t col_stride, int block, int num_panels, const int32_t *part, const int32_t *row,
+                    const int32_t *width, int64_t panel_bytes, uint8_t *out) {
+  const int64_t size = kind == K2_FP8 ? 1 : 2;
+  parallel(threads, num_panels, [&](int64_t p) {
+    const int64_t group = p / kPanels * kPanels, panels = num_panels - group < kPanels ? num_panels - group : kPanels;
+    uint8_t *to = out + group * panel_bytes;
+    for (int64_t begin = 0; begin < num_inputs; begin += block) {
+      const int64_t end = begin + block < num_inputs ? begin + block : num_inputs;
+      const int64_t block_bytes = (end - begin + 31) / 32 * 32 * 16 * size;
+      pack_block(kind, matrix[part[p]] + row[p] * row_stride * size, row_stride, col_stride, begin, end, width[p],
+                 block_bytes, to + (p - group) * block_bytes);
+      to += panels * block_bytes;
+    }
+  });
+}
+}
