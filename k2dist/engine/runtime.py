@@ -35,9 +35,11 @@ from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
 from k2dist.engine.load_progress import LoadProgress, Tell
+from k2dist.engine.masks import Masks
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.steps import Model, Step, Steps
+from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import Message, StepPlan
 from k2dist.model.latent_cache import LatentCache
@@ -102,6 +104,9 @@ class RankStats(Message, frozen=True, kw_only=True):
     device_s_total: float  # forward and sample, with what they wait for other ranks
     num_rows_sent: int  # rows that left this rank for another rank's experts
     num_bytes_sent: int
+    num_masks: int  # of constrained outputs' tokens, made on the host
+    masks_s_total: float  # making them, part of host_s_total
+    num_masks_late: int  # steps whose forward pass was done before their masks were
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
 
 
@@ -126,8 +131,10 @@ class RankRuntime:
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
-        self.port = self._open_port(tokenizer)
-        self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
+        grammars = Grammars(tokenizer, self._end_token_ids)
+        self._masks = Masks(grammars, self._architecture.vocab_size)
+        self.port = self._open_port(tokenizer, grammars)
+        self._sequences = Sequences(spec.page_tokens, spec.layout.tp, self._masks)
         self._guard = RowGuard()
         self._cadence = PrefillCadence(spec.limits.prefill_every)
         self._is_stopping = threading.Event()
@@ -138,6 +145,7 @@ class RankRuntime:
         self._num_tokens = 0
         self._step_s_total = 0.0
         self._host_s_total = 0.0
+        self._num_late = 0
 
     # -- from any thread -------------------------------------------------------------------------------
 
@@ -165,6 +173,9 @@ class RankRuntime:
             device_s_total=self._device.busy_s,
             num_rows_sent=0 if self._member is None else self._member.exchange.num_rows_sent,
             num_bytes_sent=0 if self._member is None else self._member.exchange.num_bytes_sent,
+            num_masks=self._masks.num_made,
+            masks_s_total=self._masks.made_s_total,
+            num_masks_late=self._num_late,
             expert_load=() if self._member is None else self._member.exchange.expert_load(),
         )
 
@@ -240,7 +251,7 @@ class RankRuntime:
             launched = steps.forward(plan, under_way) if is_launched else None
             waited_s = 0.0 if under_way is None else self._finish(steps, under_way)
             if launched is not None:
-                steps.sample(launched)
+                self._num_late += steps.sample(launched)
             under_way = launched
             turn_s = time.monotonic() - began_s
             self._step_s_total += turn_s
@@ -273,7 +284,8 @@ class RankRuntime:
         self._num_steps += 1
         self._num_tokens += len(step.seq_ids)
         if self.port is not None:
-            self.port.end(finished.faults)
+            self.port.end(finished.faults, is_spoiled=True)
+            self.port.end(finished.stuck, is_spoiled=False)
             if step.plan.grants:
                 self.port.commit(finished.result)
         return waited_s
@@ -289,7 +301,7 @@ class RankRuntime:
         lane.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
         return plan
 
-    def _open_port(self, tokenizer: Tokenizer) -> LanePort | None:
+    def _open_port(self, tokenizer: Tokenizer, grammars: Grammars) -> LanePort | None:
         """The lane's inbox and outbox, on its first rank."""
         if self._place.lane is None or self._place.tp_rank != 0:
             return None
@@ -302,7 +314,11 @@ class RankRuntime:
             max_positions=self._architecture.max_positions,
         )
         port = LanePort(
-            self._place.lane, scheduler, vocab_size=self._architecture.vocab_size, retain_s=spec.retain_s
+            self._place.lane,
+            scheduler,
+            vocab_size=self._architecture.vocab_size,
+            retain_s=spec.retain_s,
+            check_constraint=grammars.check,
         )
         port.wake = self._doorbell.nudge
         return port

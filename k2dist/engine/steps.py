@@ -4,8 +4,8 @@
     device      ... sample 0 ->|  forward 1 ------------->|  sample 1 --->|  forward 2 ---->
 
 Forward and sample are launches of their own: what sampling needs of the step before, its tokens, is known by
-the time it is launched, and a mask may be computed meanwhile. The forward pass needs only the newest token of
-each sequence, and takes it on the device.
+the time it is launched, and grammar masks are made meanwhile (`masks`). The forward pass needs only the
+newest token of each sequence, and takes it on the device.
 
 Legend: S rows whose logits are wanted, D hidden width, P rows whose token the step before has sampled.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -49,10 +49,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a step brought, and what is wrong with each request that it spoiled."""
+    """What a step brought, and what is wrong with each request that it spoiled or that cannot go on."""
 
     result: StepResult
     faults: dict[RequestId, str]
+    stuck: dict[RequestId, str]  # no token that their grammar allows could be found; their numbers are right
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Step:
     seq_ids: tuple[SeqId, ...]  # of the grants that sample, in their order
     hidden_SD: Future[Tensor]
     outcome: Future[tuple[Outcome, dict[RequestId, str]]] | None = None
+    stuck: dict[RequestId, str] = field(default_factory=dict)
 
 
 class Steps:
@@ -97,16 +99,23 @@ class Steps:
             return Step(plan, seq_ids, self._device.launch(work))
         return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch)))
 
-    def sample(self, step: Step) -> None:
-        """Launch the sampling of a step whose forward pass was launched; the step before it is finished."""
+    def sample(self, step: Step) -> bool:
+        """Launch the sampling of a step whose forward pass was launched; the step before it is finished.
+
+        Whether that had to wait for masks.
+        """
+        samplings = self._sequences.row_samplings(step.plan)
+        is_late = step.hidden_SD.done() and any(row.mask is not None for row in samplings)
+        step.stuck = self._sequences.grammar_errors(step.plan)
         work = partial(
             self._read_out,
             step.hidden_SD,
             self._sequences.row_owners(step.plan),
-            self._sequences.row_samplings(step.plan),
+            samplings,
             self._sequences.prompt_scores(step.plan),
         )
         step.outcome = self._device.launch(work)
+        return is_late
 
     def finish(self, step: Step) -> Finished:
         """Wait for a step, and note its tokens. Raises what its launches raised."""
@@ -122,7 +131,7 @@ class Steps:
             logprobs=outcome.sampled.logprobs,
             prompt_logprobs=outcome.prompt_logprobs,
         )
-        return Finished(result, faults)
+        return Finished(result, faults, step.stuck)
 
     # -- on the device thread --------------------------------------------------------------------------
 

@@ -78,10 +78,20 @@ REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("sampling.prompt_logprobs", sampling(prompt_logprobs=21)),
     ("timeout_s", pb.GenerateRequest(text="a", timeout_s=0.0)),
     ("timeout_s", pb.GenerateRequest(text="a", timeout_s=float("inf"))),
-    # Fields of some later schema: GenerateRequest 20 (a grammar), Sampling 17, Chat 3.
-    ("GenerateRequest", pb.GenerateRequest.FromString(b"\x1a\x01a\xa0\x01\x01")),
+    # Fields of some later schema: GenerateRequest 29 (another constraint), Sampling 17, Chat 4.
+    ("GenerateRequest", pb.GenerateRequest.FromString(b"\x1a\x01a\xe8\x01\x01")),
     ("sampling", pb.GenerateRequest(text="a", sampling=pb.Sampling.FromString(b"\x88\x01\x01"))),
-    ("chat", pb.GenerateRequest(chat=pb.Chat.FromString(b"\x18\x01"))),
+    ("chat", pb.GenerateRequest(chat=pb.Chat.FromString(b"\x20\x01"))),
+    ("json_schema", pb.GenerateRequest(text="a", json_schema='{"uniqueItems": true}')),
+    ("regex", pb.GenerateRequest(text="a", regex="(?=a)")),
+    ("choice", pb.GenerateRequest(text="a", choice=pb.Choice())),
+    ("lark", pb.GenerateRequest(text="a", lark="begin: \"a\"")),
+    ("tools", pb.GenerateRequest(chat=chat("f", parameters_json='{"properties": {"a": {"not": {}}}}'))),
+    ("tools", pb.GenerateRequest(chat=chat("f", "f"))),
+    ("tool_choice", pb.GenerateRequest(chat=chat("f", choice=pb.ToolChoice(mode="MODE_NAMED", name="g")))),
+    ("tool_choice", pb.GenerateRequest(chat=chat(choice=pb.ToolChoice(mode="MODE_REQUIRED")))),
+    ("sampling.ignore_eos", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(ignore_eos=True))),
+    ("sampling.min_tokens", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(min_tokens=1))),
 ]  # fmt: skip
 
 
