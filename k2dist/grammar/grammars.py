@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from k2dist.errors import RequestError
 from k2dist.grammar.schema import UnfitError
 from k2dist.grammar.write import mask_bytes, write_grammar
-from k2dist.messages import Constraint, ToolCalls
+from k2dist.messages import Constraint, Lark, ToolCalls
 from k2dist.text.tokenizer import PATTERN, Tokenizer
 
 # llguidance's defaults but for the lexer's states (1-2 kB each, for as long as the grammar is kept) and the
@@ -24,7 +24,7 @@ _MAX_GRAMMAR_SIZE = 200_000
 _KEPT = 128  # compiled grammars; most hold some 100 kB
 
 _LISTING = re.compile(r"\n +\d+ \| ")  # after the message come lines of a grammar that no client wrote
-_PLACE = "failed to compile JSON schema: "
+_PLACE = re.compile(r"^at [0-9]+\([0-9]+\): (failed to compile JSON schema: )?")
 
 Mask = NDArray[np.uint8]
 
@@ -125,7 +125,7 @@ class Grammars:
         if fault and isinstance(constraint, ToolCalls):
             fault = self._tool_at_fault(constraint) or fault
         if fault:
-            raise UnfitError(fault)
+            raise UnfitError(fault if isinstance(constraint, Lark) else _PLACE.sub("", fault))
         return matcher
 
     def _tool_at_fault(self, calls: ToolCalls) -> str:
@@ -134,7 +134,7 @@ class Grammars:
             alone = ToolCalls(tools=(tool,), is_required=True)
             fault = _fault(self._matcher(write_grammar(alone, self._tokenizer.special_id)))
             if fault:
-                return f"{tool.name}: parameters: {fault}; or declare it with strict: false"
+                return f"{tool.name}: parameters: {_PLACE.sub('', fault)}; or declare it with strict: false"
         return ""
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:
@@ -164,8 +164,8 @@ def _fault(matcher: llguidance.LLMatcher) -> str:
         if first.is_error():
             return "nothing satisfies it"
         return "; ".join(matcher.get_grammar_warnings())
-    message = " ".join(_LISTING.split(matcher.get_error())[0].split()).replace(_PLACE, "", 1)
-    return f"pattern: {message}" if "regex parse error" in message else message
+    message = " ".join(_LISTING.split(matcher.get_error())[0].split())
+    return f"{message} (pattern)" if "regex parse error" in message else message
 
 
 def _field(constraint: Constraint) -> str:

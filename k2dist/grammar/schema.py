@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 64
@@ -50,8 +51,7 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
         _make_object(schema)
     for part in _parts(schema, MAX_NESTING):
         _check_part(part)
-        if part.get("uniqueItems") is False:
-            del part["uniqueItems"]  # says nothing, and llguidance knows neither kind
+        _ease_(part)
     return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
 
 
@@ -96,6 +96,14 @@ def _inner(schema: dict[str, Any]) -> Iterator[Any]:
             yield from value
         elif key in _SINGLES:
             yield value
+
+
+def _ease_(schema: dict[str, Any]) -> None:
+    """Rewrite what llguidance would refuse although it means something it knows."""
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if isinstance(schema.get("$ref"), str):
+        schema["$ref"] = quote(schema["$ref"], safe="#/%:?=&~$!'()*+,;@-._")
 
 
 def _check_part(schema: dict[str, Any]) -> None:

@@ -11,9 +11,7 @@ from k2dist.messages import CallableTool, Constraint, ToolCalls
 from k2dist.text.chat import Chat
 
 
-def answer_constraint(
-    prompt: str | Sequence[int] | Chat, text: Constraint | None
-) -> Constraint | None:
+def answer_constraint(prompt: str | Sequence[int] | Chat, text: Constraint | None) -> Constraint | None:
     """What binds an answer to `prompt`. `text`: what an answer without calls must be; None: any text.
 
     Without tools, or with the choice "none", that is `text` itself. RequestError names what is wrong.

@@ -34,13 +34,37 @@ def make_tokenizer(vocabulary: list[bytes]) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """The bytes, and a few longer tokens that cross the borders of JSON's parts."""
-    longer = [b'{"', b'":', b'": "', b'", "', b'"}', b"}}", b"true", b"false", b"null", b" [", b"functions", b"\xd0\xb3"]
+    longer = [
+        b'{"',
+        b'":',
+        b'": "',
+        b'", "',
+        b'"}',
+        b"}}",
+        b"true",
+        b"false",
+        b"null",
+        b" [",
+        b"functions",
+        b"\xd0\xb3",
+    ]
     return make_tokenizer([*(bytes([byte]) for byte in range(256)), *longer])
 
 
 @pytest.fixture(scope="session")
 def grammars(tokenizer: Tokenizer) -> Grammars:
     return Grammars(tokenizer, end_token_ids(tokenizer, None))
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer() -> Tokenizer:
+    """The bytes alone: where it has longer tokens, a grammar asks for them and for no other spelling."""
+    return make_tokenizer([bytes([byte]) for byte in range(256)])
+
+
+@pytest.fixture(scope="session")
+def bytes_grammars(bytes_tokenizer: Tokenizer) -> Grammars:
+    return Grammars(bytes_tokenizer, end_token_ids(bytes_tokenizer, None))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,18 @@ from tests.grammar.conftest import CASES, Case, allowed, check_valid, walk
 def test_the_schemas_are_many_and_of_all_kinds() -> None:
     text = json.dumps([case.schema for case in CASES])
     assert len(CASES) >= 150
-    words = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "pattern", "minimum", "multipleOf", "prefixItems")
+    words = (
+        "$ref",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "enum",
+        "const",
+        "pattern",
+        "minimum",
+        "multipleOf",
+        "prefixItems",
+    )
     assert all(f'"{word}"' in text for word in words)
 
 
@@ -51,8 +62,7 @@ def test_any_object(tokenizer: Tokenizer, grammars: Grammars, seed: int) -> None
 @pytest.mark.parametrize(
     ("schema", "text", "is_valid"),
     [
-        ({"type": "object", "additionalProperties": {"type": "string"}, "properties": {"a": {"type": "integer"}}},
-         '{"\\u0061":"x"}', False),  # an escape is no way past a property's schema
+        ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"\\u0061":"x"}', False),  # an escape is no way past a property's schema
         ({"type": "string", "maxLength": 2}, '"\U0001f600\U0001f600"', True),  # characters, not bytes
         ({"type": "string"}, '"\\ud83d"', False),  # half a character
         ({"type": "number"}, "NaN", False),
@@ -65,11 +75,11 @@ def test_any_object(tokenizer: Tokenizer, grammars: Grammars, seed: int) -> None
         (True, "[1, {}]", True),
     ],
 )  # fmt: skip
-def test_what_is_let_through(schema: Any, text: str, is_valid: bool, tokenizer: Tokenizer, grammars: Grammars) -> None:
-    state = grammars.begin(JsonSchema(schema=json.dumps(schema)))
+def test_what_is_let_through(schema: Any, text: str, is_valid: bool, bytes_grammars: Grammars) -> None:
+    state = bytes_grammars.begin(JsonSchema(schema=json.dumps(schema)))
     is_let_through = True
     for token_id in text.encode():
-        is_let_through &= token_id in allowed(grammars, state)
+        is_let_through &= token_id in allowed(bytes_grammars, state)
         if is_let_through:
             state.advance(token_id)
     assert (is_let_through and state.is_accepting) == is_valid
@@ -101,7 +111,7 @@ def test_what_is_let_through(schema: Any, text: str, is_valid: bool, tokenizer: 
         ("false", "a JSON bool"),
         ("{", "not JSON"),
         ('{"maximum": NaN}', "NaN"),
-        ("[" * 100_000, "64"),
+        ("[" * 60_000, "64"),
         (json.dumps({"enum": ["x" * 70_000]}), "65536"),
     ],
 )
