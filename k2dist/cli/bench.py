@@ -9,9 +9,12 @@ import msgspec
 import typer
 from rich.console import Console
 
+from k2dist.bench.grammar import NUM_OUTPUTS, NUM_THREADS, default_vocabulary
+from k2dist.bench.grammar import NUM_STEPS as GRAMMAR_STEPS
+from k2dist.bench.grammar import measure as measure_grammar
 from k2dist.bench.scheduler import CASES, NUM_STEPS
 from k2dist.bench.scheduler import measure as measure_scheduler
-from k2dist.cli.bench_tables import print_latency, print_scheduler
+from k2dist.cli.bench_tables import print_grammar, print_latency, print_scheduler
 from k2dist.cli.environment import ray_address
 from k2dist.cli.stage_bar import stage_bar
 from k2dist.demo import LAPTOP_CONFIG
@@ -38,6 +41,32 @@ def scheduler(
         typer.echo(msgspec.json.encode({"scheduler": costs}).decode())
     else:
         print_scheduler(costs, Console())
+
+
+@bench.command()
+def grammar(
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory whose vocabulary to use; default: a random one.")
+    ] = None,
+    outputs: Annotated[int, typer.Option(help="That are constrained, in one step.")] = NUM_OUTPUTS,
+    steps: Annotated[int, typer.Option(help="How many are timed.")] = GRAMMAR_STEPS,
+    threads: Annotated[int, typer.Option(help="That make masks.")] = NUM_THREADS,
+    as_json: AsJson = False,
+) -> None:
+    """What grammar masks cost a rank's host at K2's vocabulary size, and compiling a grammar."""
+    with stage_bar(steps, is_quiet=as_json) as (stage, note):
+        stage("grammar masks")
+        cost = measure_grammar(
+            default_vocabulary(model),
+            num_outputs=outputs,
+            num_steps=steps,
+            num_threads=threads,
+            note=note,
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode({"grammar": cost}).decode())
+    else:
+        print_grammar(cost, Console())
 
 
 @bench.command()

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from k2dist.bench.grammar import STEP_MS, GrammarCost
 from k2dist.bench.scheduler import SchedulerCost
 
 if TYPE_CHECKING:  # with ray and grpc
@@ -30,6 +31,26 @@ def print_scheduler(costs: Sequence[SchedulerCost], console: Console) -> None:
         )
     console.print(table)
     console.print("Medians of wall time; a step is plan and commit; best and worst step.")
+
+
+def print_grammar(cost: GrammarCost, console: Console) -> None:
+    table = _table("ms", "mean", "p99", "one CPU's mean", "p99", first_left=True)
+    for name, spreads in (
+        ("one mask", (cost.mask_ms, cost.mask_cpu_ms)),
+        (f"a step of {cost.num_outputs} outputs", (cost.step_ms, cost.step_cpu_ms)),
+    ):
+        table.add_row(name, *(f"{value:.3f}" for spread in spreads for value in (spread.mean, spread.p99)))
+    console.print(table)
+    compiled = _table("constraint", "bytes", "compile ms", first_left=True)
+    for one in cost.compiled:
+        compiled.add_row(one.name, f"{one.num_bytes:,}", f"{one.compile_ms:.1f}")
+    console.print(compiled)
+    shares = (f"{100 * value / STEP_MS:.1f}%" for value in (cost.step_ms.mean, cost.step_ms.p99))
+    console.print(f"Of a step of {STEP_MS:g} ms, behind whose forward pass they hide: {', '.join(shares)}.")
+    console.print(
+        f"{cost.num_steps} steps by {cost.num_threads} threads; vocabulary: {cost.vocabulary}, "
+        f"{cost.vocab_size:,} tokens, read by the compiler in {cost.tokenizer_s:.1f} s, once in a process."
+    )
 
 
 def print_latency(found: Latency, console: Console) -> None:

@@ -39,34 +39,44 @@ class Masks:
     def rows(self, grammars: Sequence[RowGrammar | None]) -> list[Tensor | None]:
         """The mask of each row's next token (see `RowSampling.mask`); waits for what is being compiled."""
         began_s = time.monotonic()
-        masks = [None if grammar is None else self._mask(grammar) for grammar in grammars]
-        self.num_made += sum(mask is not None for mask in masks)
+        masked = [grammar for grammar in grammars if grammar is not None]
+        if not masked:
+            return [None] * len(grammars)
+        mask_NB = torch.zeros(len(masked), self._num_bytes, dtype=torch.uint8)
+        started = [
+            (row, state) for row, grammar in enumerate(masked) if (state := grammar.state()) is not None
+        ]
+        made_NB = torch.empty(len(started), self._grammars.mask_bytes, dtype=torch.uint8)
+        self._grammars.masks_into([state for _, state in started], made_NB.numpy())
+        mask_NB[[row for row, _ in started], : made_NB.shape[1]] = made_NB
+        mask_NB[[row for row, grammar in enumerate(masked) if grammar.error]] = 0xFF
+        self.num_made += len(masked)
         self.made_s_total += time.monotonic() - began_s
-        return masks
-
-    def _mask(self, grammar: RowGrammar) -> Tensor:
-        mask_B = torch.zeros(self._num_bytes, dtype=torch.uint8)
-        grammar.mask_into(mask_B[: self._grammars.mask_bytes])
-        return mask_B
+        rows = iter(mask_NB)
+        return [None if grammar is None else next(rows) for grammar in grammars]
 
 
 class RowGrammar:
-    """One output's grammar on one rank. `error`: why the output has to end; its masks then allow all."""
+    """One output's grammar on one rank."""
 
     def __init__(self, state: Future[GrammarState]) -> None:
         self._state = state
-        self.error = ""
+        self._refusal = ""
+
+    @property
+    def error(self) -> str:
+        """Why the output has to end, once it has been asked for a mask; its masks then allow all."""
+        return self._refusal or self._state.result().error
 
     def advance(self, token_id: int) -> None:
-        if not self.error:
-            self._state.result().advance(token_id)
+        state = self.state()
+        if state is not None:
+            state.advance(token_id)
 
-    def mask_into(self, mask_B: Tensor) -> None:
+    def state(self) -> GrammarState | None:
+        """None where it does not compile: but it did where it was admitted."""
         try:
-            state = self._state.result()
-        except RequestError as error:  # it compiled where it was admitted
-            self.error = str(error)
-            mask_B.fill_(0xFF)
-            return
-        state.mask_into(mask_B.numpy())
-        self.error = state.error
+            return self._state.result()
+        except RequestError as error:
+            self._refusal = str(error)
+            return None

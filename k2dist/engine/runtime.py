@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import torch
 
 from k2dist.cache import PagePool
 from k2dist.checkpoint import load_shard
@@ -47,6 +48,9 @@ from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
 from k2dist.scheduler import Limits, PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
+
+# Of those that torch has: masks are made while a device computes, and 32 take less than a millisecond.
+MASK_THREADS = 4
 
 
 class RankSpec(Message, frozen=True, kw_only=True):
@@ -131,7 +135,8 @@ class RankRuntime:
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
-        grammars = Grammars(tokenizer, self._end_token_ids)
+        num_threads = min(torch.get_num_threads(), MASK_THREADS)
+        grammars = Grammars(tokenizer, self._end_token_ids, num_threads=num_threads)
         self._masks = Masks(grammars, self._architecture.vocab_size)
         self.port = self._open_port(tokenizer, grammars)
         self._sequences = Sequences(spec.page_tokens, spec.layout.tp, self._masks)

@@ -14,8 +14,16 @@ How it meets the rest of sampling:
   `max_tokens` it says LENGTH.
 """
 
-from k2dist.grammar.grammars import Grammars, GrammarState
+from k2dist.grammar.grammars import Grammars, GrammarState, Mask
 from k2dist.grammar.tools import answer_constraint
 from k2dist.grammar.write import MAX_SCHEMA_BYTES, MAX_TOOLS, mask_bytes
 
-__all__ = ["MAX_SCHEMA_BYTES", "MAX_TOOLS", "GrammarState", "Grammars", "answer_constraint", "mask_bytes"]
+__all__ = [
+    "MAX_SCHEMA_BYTES",
+    "MAX_TOOLS",
+    "GrammarState",
+    "Grammars",
+    "Mask",
+    "answer_constraint",
+    "mask_bytes",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import llguidance
 import numpy as np
@@ -37,22 +37,26 @@ class GrammarState:
     """
 
     def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._end_token_ids = end_token_ids
         self._has_ended = False
         self.error = ""
 
     @property
+    def goes_on(self) -> bool:
+        return not (self._has_ended or self.error)
+
+    @property
     def is_accepting(self) -> bool:
         """Whether the output may end here."""
-        return bool(self._matcher.is_accepting())
+        return bool(self.matcher.is_accepting())
 
     def advance(self, token_id: int) -> None:
         """Take the next token of the output. What comes after an end token counts for nothing."""
-        if self._has_ended or self.error:
+        if not self.goes_on:
             return
         self._has_ended = token_id in self._end_token_ids
-        if not self._matcher.consume_token(token_id):
+        if not self.matcher.consume_token(token_id):
             self._note_error()
 
     def mask_into(self, mask: Mask) -> None:
@@ -60,24 +64,28 @@ class GrammarState:
 
         Releases the interpreter lock. After the end all tokens are allowed: what is sampled there is dropped.
         """
-        if not (self._has_ended or self.error):
-            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if self._matcher.is_error():
-                self._note_error()
-        if self._has_ended or self.error:
+        if self.goes_on:
+            self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self.finish_mask(mask)
+
+    def finish_mask(self, mask: Mask) -> None:
+        """After the matcher has made `mask`, if it goes on."""
+        if self.goes_on and self.matcher.is_error():
+            self._note_error()
+        if not self.goes_on:
             mask[:] = 0xFF
 
     def _note_error(self) -> None:
-        self.error = f"constraint: {_first_line(self._matcher.get_error())}"
+        self.error = f"constraint: {_first_line(self.matcher.get_error())}"
 
 
 class Grammars:
     """Constraints compiled for one tokenizer, the last used kept. Any thread may call.
 
-    Making one takes 2 s and 110 MB for K2's vocabulary.
+    Making one takes 2 s and 110 MB for K2's vocabulary. `num_threads`: that make masks, besides the caller's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_token_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_token_ids: frozenset[int], *, num_threads: int = 1) -> None:
         self._tokenizer = tokenizer
         self._end_token_ids = end_token_ids
         self._ll_tokenizer = _ll_tokenizer(tokenizer, end_token_ids)
@@ -86,6 +94,7 @@ class Grammars:
         )
         self._kept: OrderedDict[Constraint, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+        self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
 
     @property
     def mask_bytes(self) -> int:
@@ -101,6 +110,18 @@ class Grammars:
         for token_id in generated:
             state.advance(token_id)
         return state
+
+    def masks_into(self, states: Sequence[GrammarState], masks: Mask) -> None:
+        """`mask_into` of each state and its row of `masks` [states, mask_bytes], by several threads."""
+        assert masks.shape == (len(states), self.mask_bytes), f"{masks.shape} for {len(states)} states"
+        if self._executor is not None and len(states) > 1:
+            going_on = [(state.matcher, row) for row, state in enumerate(states) if state.goes_on]
+            self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
+            for state, mask in zip(states, masks, strict=True):
+                state.finish_mask(mask)
+        else:
+            for state, mask in zip(states, masks, strict=True):
+                state.mask_into(mask)
 
     def _compiled(self, constraint: Constraint) -> llguidance.LLMatcher:
         """At its start. Two threads may compile the same one at the same time; the first is kept."""
@@ -157,13 +178,11 @@ def _ll_tokenizer(tokenizer: Tokenizer, end_token_ids: frozenset[int]) -> llguid
 
 
 def _fault(matcher: llguidance.LLMatcher) -> str:
-    """Why a new grammar is of no use; empty if it is. Its first mask shows whether anything satisfies it."""
+    """Why a new grammar is of no use; empty if it is. Its first mask shows whether anything satisfies it,
+    and leaves behind what copies would else have to find out again."""
     if not matcher.is_error():
-        first = matcher.deep_copy()
-        first.compute_bitmask()
-        if first.is_error():
-            return "nothing satisfies it"
-        return "; ".join(matcher.get_grammar_warnings())
+        matcher.compute_bitmask()
+        return "nothing satisfies it" if matcher.is_error() else "; ".join(matcher.get_grammar_warnings())
     message = " ".join(_LISTING.split(matcher.get_error())[0].split())
     return f"{message} (pattern)" if "regex parse error" in message else message
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from k2dist.errors import RequestError
@@ -222,6 +223,26 @@ def test_outputs_of_one_grammar_do_not_meet(tokenizer: Tokenizer, grammars: Gram
     alone = [one(number) for number in range(32)]
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(one, range(32))) == alone
+
+
+def test_threads_make_the_masks_of_one(tokenizer: Tokenizer, grammars: Grammars, seed: int) -> None:
+    """Many states at once, some at their end and one stuck: each gets the mask that it makes by itself."""
+    by_threads = Grammars(tokenizer, end_token_ids(tokenizer, None), num_threads=3)
+    draw = random.Random(seed)
+    prefixes = [
+        (constraint, taken[: draw.randrange(len(taken) + 1)])
+        for constraint in CONSTRAINTS
+        for taken in (walk(tokenizer, grammars, grammars.begin(constraint), draw) for _ in range(5))
+    ]
+    prefixes += [(CONSTRAINTS[3], [*b"aaa", *end_token_ids(tokenizer, None)]), (CONSTRAINTS[3], [*b"x"])]
+    states = [by_threads.begin(*prefix) for prefix in prefixes]
+    masks = np.zeros((len(states), by_threads.mask_bytes), dtype=np.uint8)
+    by_threads.masks_into(states, masks)
+    alone = np.zeros_like(masks)
+    for prefix, mask in zip(prefixes, alone, strict=True):
+        grammars.begin(*prefix).mask_into(mask)
+    assert (masks == alone).all()
+    assert [bool(state.error) for state in states] == [False] * 21 + [True]
 
 
 def test_after_the_end_everything_is_allowed(tokenizer: Tokenizer, grammars: Grammars) -> None:

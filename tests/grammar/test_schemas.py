@@ -62,7 +62,8 @@ def test_any_object(tokenizer: Tokenizer, grammars: Grammars, seed: int) -> None
 @pytest.mark.parametrize(
     ("schema", "text", "is_valid"),
     [
-        ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"\\u0061":"x"}', False),  # an escape is no way past a property's schema
+        # An escape is no way past a property's schema.
+        ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"\\u0061":"x"}', False),
         ({"type": "string", "maxLength": 2}, '"\U0001f600\U0001f600"', True),  # characters, not bytes
         ({"type": "string"}, '"\\ud83d"', False),  # half a character
         ({"type": "number"}, "NaN", False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
@@ -33,7 +34,14 @@ def chat(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=pb.Chat(**fields))
 
 
+def tools(*functions: pb.FunctionTool, **choice: Any) -> pb.Chat:
+    declared = [pb.Tool(function=function) for function in functions]
+    return pb.Chat(messages=[USER], tools=declared, tool_choice=pb.ToolChoice(**choice))
+
+
 USER = pb.ChatMessage(role="user", content="hi")
+TOOL = pb.FunctionTool(name="f")
+NOT = pb.FunctionTool(name="f", parameters_json='{"properties": {"a": {"not": {}}}}')
 REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("input", pb.GenerateRequest()),
     ("prompt", pb.GenerateRequest(text="")),
@@ -86,10 +94,10 @@ REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("regex", pb.GenerateRequest(text="a", regex="(?=a)")),
     ("choice", pb.GenerateRequest(text="a", choice=pb.Choice())),
     ("lark", pb.GenerateRequest(text="a", lark="begin: \"a\"")),
-    ("tools", pb.GenerateRequest(chat=chat("f", parameters_json='{"properties": {"a": {"not": {}}}}'))),
-    ("tools", pb.GenerateRequest(chat=chat("f", "f"))),
-    ("tool_choice", pb.GenerateRequest(chat=chat("f", choice=pb.ToolChoice(mode="MODE_NAMED", name="g")))),
-    ("tool_choice", pb.GenerateRequest(chat=chat(choice=pb.ToolChoice(mode="MODE_REQUIRED")))),
+    ("tools", pb.GenerateRequest(chat=tools(NOT))),
+    ("tools", pb.GenerateRequest(chat=tools(TOOL, TOOL))),
+    ("tool_choice", pb.GenerateRequest(chat=tools(TOOL, mode="MODE_NAMED", name="g"))),
+    ("tool_choice", pb.GenerateRequest(chat=tools(mode="MODE_REQUIRED"))),
     ("sampling.ignore_eos", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(ignore_eos=True))),
     ("sampling.min_tokens", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(min_tokens=1))),
 ]  # fmt: skip
