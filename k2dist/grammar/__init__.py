@@ -8,8 +8,8 @@ made again from them. The parser and the masks are llguidance's (github.com/guid
 How it meets the rest of sampling:
 - a token outside the mask is never sampled, whatever bias, penalties, temperature or filters say; these act
   on what the mask leaves. Logprobs are of the raw logits, as ever.
-- end tokens are allowed exactly where the grammar accepts, so `min_tokens` and `ignore_eos` contradict a
-  constraint and are refused with it.
+- end tokens are allowed exactly where the grammar accepts, so `min_tokens` contradicts a constraint and is
+  refused with it. With `ignore_eos` a constraint holds up to the first end token, and nothing after it.
 - stop strings, stop ids, max_tokens and timeouts end an answer where they meet it, also inside of JSON: with
   `max_tokens` it says LENGTH.
 """

@@ -45,10 +45,10 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for index, token_id in enumerate(sampling.stop_token_ids):
         _check(f"stop_token_ids[{index}]", token_id, 0, vocab_size - 1)
     _check_stops(sampling.stop)
-    if sampling.constraint is not None and (sampling.min_tokens or sampling.ignore_eos):
-        name = "min_tokens" if sampling.min_tokens else "ignore_eos"
+    if sampling.constraint is not None and sampling.min_tokens:
         raise RequestError(
-            f"sampling.{name}", "a constraint says where the answer ends; leave out the one or the other"
+            "sampling.min_tokens",
+            "a constraint, or tools, say where the answer may end; leave min_tokens out",
         )
 
 

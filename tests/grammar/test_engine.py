@@ -162,6 +162,7 @@ def test_constraints_go_with_the_rest_of_sampling(world: LocalWorld, tiny_tokeni
         Sampling(constraint=Choice(choices=("one two three",)), stop=("two",)),
         Sampling(constraint=Choice(choices=("one two three",)), stop_token_ids=(ord("t"),)),
         Sampling(constraint=Choice(choices=("",))),
+        Sampling(constraint=yes_no, ignore_eos=True, max_tokens=30),
     ]
     outputs = world.generate([PROMPT] * len(samplings), samplings)
     (alone,) = world.generate([PROMPT], [free])
@@ -179,6 +180,8 @@ def test_constraints_go_with_the_rest_of_sampling(world: LocalWorld, tiny_tokeni
     assert (texts[5], outputs[5].stop_match) == ("one two", "two")
     assert (texts[6], outputs[6].stop_match) == ("one t", ord("t"))
     assert texts[7] == ""
+    assert texts[8].startswith(("yes", "no"))
+    assert (len(outputs[8].token_ids), outputs[8].finish) == (30, FinishReason.LENGTH)
     assert all(len(output.logprobs) == len(output.token_ids) for output in (outputs[2], outputs[4]))
 
 

@@ -98,7 +98,6 @@ REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("tools", pb.GenerateRequest(chat=tools(TOOL, TOOL))),
     ("tool_choice", pb.GenerateRequest(chat=tools(TOOL, mode="MODE_NAMED", name="g"))),
     ("tool_choice", pb.GenerateRequest(chat=tools(mode="MODE_REQUIRED"))),
-    ("sampling.ignore_eos", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(ignore_eos=True))),
     ("sampling.min_tokens", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(min_tokens=1))),
 ]  # fmt: skip
 
