@@ -99,7 +99,7 @@ def measure(
     tokenizer_s = time.perf_counter() - started_s
     compiled = tuple(_compile_cost(case, grammars) for case in _cases())
     cases = _cases()
-    outputs = [_Output(tokenizer, grammars, cases, number) for number in range(num_outputs)]
+    outputs = [_Output(tokenizer, grammars, cases, number, draw) for number in range(num_outputs)]
     times = _times(outputs, grammars, draw, num_steps, note)
     return GrammarCost(
         vocabulary="random" if vocabulary is None else vocabulary.name,
@@ -124,12 +124,21 @@ def default_vocabulary(model_dir: Path | None) -> Path | None:
 class _Output:
     """One output: it takes the tokens of an answer of its case, then begins again with the next."""
 
-    def __init__(self, tokenizer: Tokenizer, grammars: Grammars, cases: Sequence[_Case], number: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        grammars: Grammars,
+        cases: Sequence[_Case],
+        number: int,
+        draw: random.Random,
+    ) -> None:
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._cases = cases
         self._number = number
         self.begin()
+        for _ in range(draw.randrange(len(self._left))):  # else all of a case would go in step
+            self.state.advance(self._left.pop())
 
     def begin(self) -> None:
         case = self._cases[self._number % len(self._cases)]
