@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from k2dist.cli.bench_bits import bits
+from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
 from k2dist.cli.bench_offline import offline
 from k2dist.cli.bench_scheduler import scheduler
@@ -13,4 +14,5 @@ bench = typer.Typer(help="Measure parts of the system on this machine.", no_args
 bench.command()(scheduler)
 bench.command()(offline)
 bench.command()(bits)
+bench.command()(grammar)
 bench.command()(latency)

@@ -22,6 +22,7 @@ from k2dist.errors import CapacityError, RequestError, UnavailableError
 from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import (
     AdmitReply,
+    Constraint,
     Event,
     EventBatch,
     FinishReason,
@@ -65,7 +66,8 @@ class LanePort:
     """One lane's inbox and outbox round its scheduler. Every method may be called from any thread.
 
     `wake` is called, without the lock, whenever there is new work for a sleeping step loop. Prompts may hold
-    the ids 0 to vocab_size - 1.
+    the ids 0 to vocab_size - 1. `check_constraint` raises RequestError for one that cannot be enforced; it
+    may take a second, and is called without the lock, in the thread that admits.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class LanePort:
         *,
         vocab_size: int,
         retain_s: float,
+        check_constraint: Callable[[Constraint], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lane = lane
@@ -82,6 +85,7 @@ class LanePort:
         self._scheduler = scheduler
         self._vocab_size = vocab_size
         self._retain_s = retain_s
+        self._check_constraint = check_constraint
         self._clock = clock
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)
@@ -95,8 +99,7 @@ class LanePort:
 
     def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
         """Take each request or say why not. The same one again is the same one: nothing is doubled."""
-        with self._lock:
-            replies = tuple(self._admit(request) for request in requests)
+        replies = tuple(self._reply(request) for request in requests)
         self.wake()
         return replies
 
@@ -159,13 +162,16 @@ class LanePort:
             self._publish(self._scheduler.expire(now_s))
             return self._scheduler.plan(generation, step, now_s, prefill=prefill)
 
-    def end(self, faults: Mapping[RequestId, str]) -> None:
-        """End these requests with an error event each; before the step that spoiled them is committed."""
+    def end(self, faults: Mapping[RequestId, str], *, is_spoiled: bool) -> None:
+        """End these requests with an error event each; before the step that showed it is committed.
+
+        `is_spoiled`: they got wrong numbers, which others may have found in the cache.
+        """
         if not faults:
             return
         with self._lock:
             for request_id, reason in faults.items():
-                events = self._scheduler.abort(request_id, self._clock(), is_spoiled=True)
+                events = self._scheduler.abort(request_id, self._clock(), is_spoiled=is_spoiled)
                 self._publish(
                     tuple(replace(event, finish=FinishReason.ERROR, error=reason) for event in events)
                 )
@@ -175,26 +181,32 @@ class LanePort:
         with self._lock:
             self._publish(self._scheduler.commit(result, self._clock()))
 
-    # -- under the lock --------------------------------------------------------------------------------
-
-    def _admit(self, request: Request) -> AdmitReply:
-        known = self._kept.get(request.request_id)
+    def _reply(self, request: Request) -> AdmitReply:
         try:
-            if known is not None:
-                if known.request != request:
-                    raise RequestError("request_id", f"{request.request_id} is in use by another request")
-            elif self._closed:
-                raise UnavailableError(self._closed)
-            else:
-                check_request(request, self._vocab_size)
-                events = self._scheduler.add(request, self._clock())
-                self._kept[request.request_id] = _Kept(request)
-                self._publish(events)
+            check_request(request, self._vocab_size)
+            if request.sampling.constraint is not None:
+                self._check_constraint(request.sampling.constraint)
+            with self._lock:
+                self._admit(request)
         except RequestError as error:
             return AdmitReply(request_id=request.request_id, error=str(error), field=error.field)
         except (CapacityError, UnavailableError) as error:
             return AdmitReply(request_id=request.request_id, error=str(error), retry_can_help=True)
         return AdmitReply(request_id=request.request_id)
+
+    # -- under the lock --------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        known = self._kept.get(request.request_id)
+        if known is not None:
+            if known.request != request:
+                raise RequestError("request_id", f"{request.request_id} is in use by another request")
+        elif self._closed:
+            raise UnavailableError(self._closed)
+        else:
+            events = self._scheduler.add(request, self._clock())
+            self._kept[request.request_id] = _Kept(request)
+            self._publish(events)
 
     def _publish(self, events: tuple[Event, ...]) -> None:
         now_s = self._clock()

@@ -36,9 +36,11 @@ from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
 from k2dist.engine.load_progress import LoadProgress, Tell
+from k2dist.engine.masks import Masks
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.steps import Model, Step, Steps
+from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
@@ -46,6 +48,9 @@ from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
 from k2dist.scheduler import Limits, PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
+
+# Of those that torch has: masks are made while a device computes, and 32 take less than a millisecond.
+MASK_THREADS = 4
 
 
 class RankSpec(Message, frozen=True, kw_only=True):
@@ -115,8 +120,11 @@ class RankRuntime:
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
-        self.port = self._open_port(tokenizer)
-        self._sequences = Sequences(spec.page_tokens, spec.layout.tp)
+        num_threads = min(torch.get_num_threads(), MASK_THREADS)
+        grammars = Grammars(tokenizer, self._end_token_ids, num_threads=num_threads)
+        self._masks = Masks(grammars, self._architecture.vocab_size)
+        self.port = self._open_port(tokenizer, grammars)
+        self._sequences = Sequences(spec.page_tokens, spec.layout.tp, self._masks)
         self._guard = RowGuard()
         self._cadence = PrefillCadence(spec.limits.prefill_every)
         self._is_stopping = threading.Event()
@@ -127,6 +135,7 @@ class RankRuntime:
         self._num_tokens = 0
         self._step_s_total = 0.0
         self._host_s_total = 0.0
+        self._num_late = 0
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +171,9 @@ class RankRuntime:
             num_bytes_sent=0 if exchange is None else exchange.num_bytes_sent,
             num_steps_padded=0 if exchange is None else exchange.num_steps_padded,
             num_overflows=0 if exchange is None else exchange.num_overflows,
+            num_masks=self._masks.num_made,
+            masks_s_total=self._masks.made_s_total,
+            num_masks_late=self._num_late,
             expert_load=() if exchange is None else exchange.expert_load(),
         )
 
@@ -246,7 +258,7 @@ class RankRuntime:
             launched = steps.forward(plan, under_way, agreed) if is_launched else None
             waited_s = 0.0 if under_way is None else self._finish(steps, under_way)
             if launched is not None:
-                steps.sample(launched)
+                self._num_late += steps.sample(launched)
             under_way = launched
             turn_s = time.monotonic() - began_s
             self._step_s_total += turn_s
@@ -283,7 +295,8 @@ class RankRuntime:
         self._num_steps += 1
         self._num_tokens += len(step.seq_ids)
         if self.port is not None:
-            self.port.end(finished.faults)
+            self.port.end(finished.faults, is_spoiled=True)
+            self.port.end(finished.stuck, is_spoiled=False)
             if step.plan.grants:
                 self.port.commit(finished.result)
         return waited_s
@@ -299,7 +312,7 @@ class RankRuntime:
         lane.broadcast_bytes(_PLAN_ENCODER.encode(plan), source=0)
         return plan
 
-    def _open_port(self, tokenizer: Tokenizer) -> LanePort | None:
+    def _open_port(self, tokenizer: Tokenizer, grammars: Grammars) -> LanePort | None:
         """The lane's inbox and outbox, on its first rank."""
         if self._place.lane is None or self._place.tp_rank != 0:
             return None
@@ -312,7 +325,11 @@ class RankRuntime:
             max_positions=self._architecture.max_positions,
         )
         port = LanePort(
-            self._place.lane, scheduler, vocab_size=self._architecture.vocab_size, retain_s=spec.retain_s
+            self._place.lane,
+            scheduler,
+            vocab_size=self._architecture.vocab_size,
+            retain_s=spec.retain_s,
+            check_constraint=grammars.check,
         )
         port.wake = self._doorbell.nudge
         return port

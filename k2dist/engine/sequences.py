@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from k2dist.engine.masks import Masks, RowGrammar
 from k2dist.engine.readout import PromptScore
 from k2dist.ids import PageId, RequestId, SeqId
 from k2dist.messages import Grant, NewSequence, Sampling, StepPlan
@@ -29,15 +30,17 @@ class _Sequence:
     output_index: int
     sampling: Sampling
     seen: SeenTokens | None  # where the request has penalties
+    grammar: RowGrammar | None  # where it has a constraint
     pages: list[PageId] = field(default_factory=list)
 
 
 class Sequences:
-    """The sequences of one lane as one rank sees them."""
+    """The sequences of one lane as one rank sees them. Without `masks` none may have a constraint."""
 
-    def __init__(self, page_tokens: int, tp: int) -> None:
+    def __init__(self, page_tokens: int, tp: int, masks: Masks | None = None) -> None:
         self._page_tokens = page_tokens
         self._tp = tp
+        self._masks = masks
         self._live: dict[SeqId, _Sequence] = {}
 
     def __len__(self) -> int:
@@ -48,7 +51,7 @@ class Sequences:
         for seq_id in plan.released:
             del self._live[seq_id]
         for new in plan.new:
-            self._live[new.seq_id] = _begin(new)
+            self._live[new.seq_id] = self._begin(new)
         for table in plan.page_tables:
             self._live[table.seq_id].pages[table.first :] = table.pages
 
@@ -112,8 +115,23 @@ class Sequences:
         return rows
 
     def row_samplings(self, plan: StepPlan) -> list[RowSampling]:
-        """How to sample the first rows of `batch(plan).sample_S`, in its order. No token may be promised."""
-        return [self._row_sampling(grant) for grant in plan.grants if grant.samples]
+        """How to sample the first rows of `batch(plan).sample_S`, in its order. No token may be promised.
+
+        Makes the masks of those with a grammar: `grammar_errors` says which had none left to make.
+        """
+        grants = [grant for grant in plan.grants if grant.samples]
+        grammars = [self._live[grant.seq_id].grammar for grant in grants]
+        masks = [None] * len(grants) if self._masks is None else self._masks.rows(grammars)
+        return [self._row_sampling(grant, mask) for grant, mask in zip(grants, masks, strict=True)]
+
+    def grammar_errors(self, plan: StepPlan) -> dict[RequestId, str]:
+        """Requests that sample in `plan` and have to end, as what they ask for cannot be enforced further."""
+        sequences = (self._live[grant.seq_id] for grant in plan.grants if grant.samples)
+        return {
+            seq.request_id: seq.grammar.error
+            for seq in sequences
+            if seq.grammar is not None and seq.grammar.error
+        }
 
     def prompt_scores(self, plan: StepPlan) -> list[list[PromptScore]]:
         """What the other rows of `batch(plan).sample_S` score, in its order: a list per scoring grant."""
@@ -133,6 +151,23 @@ class Sequences:
         seq.tokens.append(token_id)
         if seq.seen is not None:
             seq.seen.counts[token_id] += 1
+        if seq.grammar is not None:
+            seq.grammar.advance(token_id)
+
+    def _begin(self, new: NewSequence) -> _Sequence:
+        grammar, constraint = None, new.sampling.constraint
+        if constraint is not None:
+            assert self._masks is not None, "a constraint, and nobody makes masks"
+            grammar = self._masks.begin(constraint, new.generated)
+        return _Sequence(
+            request_id=new.request_id,
+            prompt_len=len(new.prompt),
+            tokens=[*new.prompt, *new.generated],
+            output_index=new.output_index,
+            sampling=new.sampling,
+            seen=SeenTokens.of(new.prompt, new.generated) if has_penalty(new.sampling) else None,
+            grammar=grammar,
+        )
 
     def _scoring(self, grant: Grant) -> range:
         """Positions of the grant that have a prompt token behind them, if it scores any."""
@@ -145,7 +180,7 @@ class Sequences:
         num_top = seq.sampling.prompt_logprobs
         return [PromptScore(seq.tokens[position + 1], num_top) for position in self._scoring(grant)]
 
-    def _row_sampling(self, grant: Grant) -> RowSampling:
+    def _row_sampling(self, grant: Grant, mask: torch.Tensor | None) -> RowSampling:
         seq = self._live[grant.seq_id]
         return RowSampling(
             sampling=seq.sampling,
@@ -153,6 +188,7 @@ class Sequences:
             position=grant.start + grant.num_tokens,  # of the token to be sampled
             num_generated=grant.start + grant.num_tokens - seq.prompt_len,
             seen=seq.seen,
+            mask=mask,
         )
 
     def _cache_index(self, seq: _Sequence, position: int) -> int:
@@ -164,17 +200,6 @@ def even_shares(num_rows: int, num_ranks: int) -> tuple[int, ...]:
     """Rows per rank, contiguous and in rank order; the first ones take what is left over."""
     share, rest = divmod(num_rows, num_ranks)
     return tuple(share + (rank < rest) for rank in range(num_ranks))
-
-
-def _begin(new: NewSequence) -> _Sequence:
-    return _Sequence(
-        request_id=new.request_id,
-        prompt_len=len(new.prompt),
-        tokens=[*new.prompt, *new.generated],
-        output_index=new.output_index,
-        sampling=new.sampling,
-        seen=SeenTokens.of(new.prompt, new.generated) if has_penalty(new.sampling) else None,
-    )
 
 
 def _page_tensor(pages: list[PageId]) -> torch.Tensor:

@@ -4,8 +4,8 @@
     device      ... sample 0 ->|  forward 1 ------------->|  sample 1 --->|  forward 2 ---->
 
 Forward and sample are launches of their own: what sampling needs of the step before, its tokens, is known by
-the time it is launched, and a mask may be computed meanwhile. The forward pass needs only the newest token of
-each sequence, and takes it on the device.
+the time it is launched, and grammar masks are made meanwhile (`masks`). The forward pass needs only the
+newest token of each sequence, and takes it on the device.
 
 Steps without prompts may exchange tokens in frames of a fixed capacity. Where some rank's rows did not fit,
 all ranks learn it in the pass itself, and all repeat it with the exact exchange: it writes the same places of
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -62,10 +62,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a step brought, and what is wrong with each request that it spoiled."""
+    """What a step brought, and what is wrong with each request that it spoiled or that cannot go on."""
 
     result: StepResult
     faults: dict[RequestId, str]
+    stuck: dict[RequestId, str]  # no token that their grammar allows could be found; their numbers are right
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class Step:
     seq_ids: tuple[SeqId, ...]  # of the grants that sample, in their order
     hidden_SD: Future[Tensor]
     outcome: Future[tuple[Outcome, dict[RequestId, str]]] | None = None
+    stuck: dict[RequestId, str] = field(default_factory=dict)
 
 
 class Steps:
@@ -117,16 +119,23 @@ class Steps:
             return Step(plan, seq_ids, self._device.launch(work))
         return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch, capacity)))
 
-    def sample(self, step: Step) -> None:
-        """Launch the sampling of a step whose forward pass was launched; the step before it is finished."""
+    def sample(self, step: Step) -> bool:
+        """Launch the sampling of a step whose forward pass was launched; the step before it is finished.
+
+        Whether that had to wait for masks.
+        """
+        samplings = self._sequences.row_samplings(step.plan)
+        is_late = step.hidden_SD.done() and any(row.mask is not None for row in samplings)
+        step.stuck = self._sequences.grammar_errors(step.plan)
         work = partial(
             self._read_out,
             step.hidden_SD,
             self._sequences.row_owners(step.plan),
-            self._sequences.row_samplings(step.plan),
+            samplings,
             self._sequences.prompt_scores(step.plan),
         )
         step.outcome = self._device.launch(work)
+        return is_late
 
     def finish(self, step: Step) -> Finished:
         """Wait for a step, and note its tokens. Raises what its launches raised."""
@@ -142,7 +151,7 @@ class Steps:
             logprobs=outcome.sampled.logprobs,
             prompt_logprobs=outcome.prompt_logprobs,
         )
-        return Finished(result, faults)
+        return Finished(result, faults, step.stuck)
 
     def _capacity(self, agreed: StepAgreement) -> Capacity | None:
         """Of this step's exchange; None: exact."""

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from k2dist.config import read_architecture
 from k2dist.config.generation_config import read_sampling_defaults
 from k2dist.errors import CheckpointError, RequestError
+from k2dist.grammar import answer_constraint
 from k2dist.ids import RequestId
 from k2dist.llm.sampling_params import SamplingParams
 from k2dist.messages import Request, Sampling
@@ -67,8 +70,9 @@ class Prepare:
         if not prompt:
             raise RequestError("prompt", "empty; give at least one token")
         self._check_pages(len(prompt))
+        said = ask.sampling.partial()
         sampling = resolve_sampling(
-            ask.sampling.partial(),
+            replace(said, constraint=answer_constraint(ask.prompt, said.constraint)),
             self._defaults,
             prompt_tokens=len(prompt),
             max_positions=min(self._context, self._num_pages * self._page_tokens),

@@ -10,7 +10,7 @@ import msgspec
 from k2dist.config.generation_config import SamplingDefaults
 from k2dist.errors import RequestError
 from k2dist.llm.faults import type_fault
-from k2dist.messages import Message
+from k2dist.messages import Constraint, Message
 from k2dist.scheduler import PartialSampling, resolve_sampling
 
 _ANY = 2**31  # a context and a vocabulary that no model exceeds: the model's own bounds are checked later
@@ -40,6 +40,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     logprobs: int | None = None  # n: of each token, and of the n likeliest beside it
     prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
+    constraint: Constraint | None = None  # what the text must be, such as messages.JsonSchema
     timeout_s: float | None = None  # an output that runs longer, once a lane has it, ends with "timeout"
 
     def __post_init__(self) -> None:

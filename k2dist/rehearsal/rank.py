@@ -95,7 +95,7 @@ class RehearsedRank:
         homes = [
             expert_homes(layout, layer, place.world_rank) for layer in range(architecture.num_moe_layers)
         ]
-        self.exchange = TimedExchange(self.world, homes, self.stopwatch)
+        self.exchange = TimedExchange(self.world, homes, self.stopwatch, device)
         self._sequences = Sequences(page_tokens, layout.tp)
         self._plans = load.plans(page_tokens, architecture.vocab_size)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from k2kernels import KernelSet, Rule
 from torch import Tensor
 
@@ -44,8 +45,9 @@ class TimedExchange(Exchange):
         world: RehearsalWorld,
         homes: Sequence[Sequence[tuple[WorldRank, SlotId]]],
         stopwatch: Stopwatch,
+        device: torch.device,
     ) -> None:
-        super().__init__(world, homes)
+        super().__init__(world, homes, device)
         self._world = world
         self._stopwatch = stopwatch
         # Counts stay on the device until somebody asks: looking at them would hold up the step.

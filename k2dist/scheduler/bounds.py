@@ -45,6 +45,11 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for index, token_id in enumerate(sampling.stop_token_ids):
         _check(f"stop_token_ids[{index}]", token_id, 0, vocab_size - 1)
     _check_stops(sampling.stop)
+    if sampling.constraint is not None and sampling.min_tokens:
+        raise RequestError(
+            "sampling.min_tokens",
+            "a constraint, or tools, say where the answer may end; leave min_tokens out",
+        )
 
 
 def _check_stops(stops: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig, split_address
 from k2dist.config.generation_config import read_sampling_defaults
 from k2dist.errors import CheckpointError, ConfigError, UnavailableError
+from k2dist.grammar import Grammars
 from k2dist.messages import LaneLoad, Message
 from k2dist.service.coordinator import Coordinator, CoordinatorLimits
 from k2dist.service.encoding import Encoder
@@ -58,8 +59,9 @@ class CoordinatorActor:
         """Serve, and return the address. CapacityError: the port is taken. CheckpointError: no such model."""
         tokenizer = Tokenizer.load(self._model_dir)
         coordinator: Coordinator[AnswerStyle] = Coordinator(self._lanes, _limits(self._config))
-        encoder = Encoder(tokenizer)
-        generation = Generation(self._read_model(tokenizer), tokenizer, encoder, coordinator)
+        model = self._read_model(tokenizer)
+        encoder = Encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
+        generation = Generation(model, tokenizer, encoder, coordinator)
         server = GrpcServer(self._config.name, generation, coordinator)
         host, port = _split(self._config.service.grpc)
         try:

@@ -1,6 +1,7 @@
-"""Prompts to token ids, in a few threads, so that a long prompt never holds up the event loop.
+"""Prompts to token ids and constraints to grammars, in a few threads, so that none holds up the event loop.
 
-The BPE releases the interpreter lock. What waits is bounded: more is CapacityError, not a longer queue.
+The BPE and the grammar compiler release the interpreter lock. What waits is bounded: more is CapacityError,
+not a longer queue.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from k2dist.errors import CapacityError
+from k2dist.grammar import Grammars
+from k2dist.messages import Constraint
 from k2dist.service.client_request import Chat
 from k2dist.text.chat import encode_chat, render_text
 from k2dist.text.tokenizer import Tokenizer
@@ -21,8 +24,11 @@ T = TypeVar("T")
 class Encoder:
     """`num_threads` encode at a time and `max_waiting` more may wait for them. Close it after use."""
 
-    def __init__(self, tokenizer: Tokenizer, *, num_threads: int = 2, max_waiting: int = 256) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, grammars: Grammars, *, num_threads: int = 2, max_waiting: int = 256
+    ) -> None:
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._max_pending = num_threads + max_waiting
         self._num_pending = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="encode")
@@ -35,6 +41,10 @@ class Encoder:
 
     async def encode_chat(self, chat: Chat) -> list[int]:
         return await self._run(lambda: encode_chat(self._tokenizer, chat.messages, chat.tools or None))
+
+    async def check_constraint(self, constraint: Constraint) -> None:
+        """RequestError if it cannot be enforced."""
+        await self._run(lambda: self._grammars.check(constraint))
 
     async def render(self, chat: Chat, *, add_generation_prompt: bool) -> tuple[list[int], str]:
         """Ids, and the text that they stand for."""
@@ -50,7 +60,9 @@ class Encoder:
 
     async def _run(self, job: Callable[[], T]) -> T:
         if self._num_pending >= self._max_pending:
-            raise CapacityError(f"{self._num_pending} prompts wait to be tokenised; try again later")
+            raise CapacityError(
+                f"{self._num_pending} prompts and constraints wait to be read; try again later"
+            )
         self._num_pending += 1
         future = asyncio.get_running_loop().run_in_executor(self._threads, job)
         future.add_done_callback(self._count_down)  # a caller may leave; its thread still works

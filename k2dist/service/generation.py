@@ -13,7 +13,10 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from k2dist.errors import RequestError
+from k2dist.grammar import answer_constraint
 from k2dist.ids import RequestId
 from k2dist.messages import Message, Request
 from k2dist.scheduler import resolve_sampling
@@ -100,6 +103,8 @@ class Generation:
         if known is None:
             prompt = await self._encode(asked)
             request = self._request(asked, prompt)
+            if request.sampling.constraint is not None:
+                await self._encoder.check_constraint(request.sampling.constraint)
             known = self._coordinator.find(request.request_id)  # a twin may have come while we encoded
         if known is None:
             first_call = asked.prompt.num_calls if isinstance(asked.prompt, Chat) else 0
@@ -132,7 +137,7 @@ class Generation:
             last = self.model.vocab_size - 1
             raise RequestError(f"token_ids.ids[{outside}]", f"{prompt[outside]} is outside 0..{last}")
         sampling = resolve_sampling(
-            asked.sampling,
+            replace(asked.sampling, constraint=answer_constraint(asked.prompt, asked.sampling.constraint)),
             self.model.defaults,
             prompt_tokens=len(prompt),
             max_positions=self.model.max_positions,

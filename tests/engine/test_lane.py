@@ -35,7 +35,9 @@ def port(clock: Clock) -> LanePort:
         token_bytes=lambda token_id: bytes([token_id]),
         max_positions=64,
     )
-    return LanePort(LaneId(0), scheduler, vocab_size=100, retain_s=10, clock=clock)
+    return LanePort(
+        LaneId(0), scheduler, vocab_size=100, retain_s=10, check_constraint=lambda _: None, clock=clock
+    )
 
 
 def request(name: str, *, max_tokens: int = 3, num_outputs: int = 1) -> Request:

@@ -3,6 +3,7 @@
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,40 @@ def test_slices_give_the_bits_of_whole_rows(shape, tp, vocab_size):
     rows = rows_of_all_kinds(num_rows, vocab_size)
     ends = frozenset({1, 62})
     assert sample_on(tp, logits_SV, rows, ends) == sample_whole(logits_SV, rows, end_token_ids=ends)
+
+
+MASKS = {
+    "one token": lambda vocab_size: [vocab_size - 1],
+    "one rank's": lambda vocab_size: range(vocab_size // 4 + 1, vocab_size // 2, 3),
+    "few": lambda vocab_size: random.sample(range(vocab_size), 5),
+    "half": lambda vocab_size: random.sample(range(vocab_size), vocab_size // 2),
+    "all": range,
+}
+
+
+def mask_of(allowed, vocab_size):
+    mask_B = torch.zeros(-(-vocab_size // 32) * 4, dtype=torch.uint8)
+    for token_id in allowed:
+        mask_B[token_id // 8] |= 1 << token_id % 8
+    return mask_B
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [64, 1_004])  # of 251 columns, which begin inside of a byte
+@pytest.mark.parametrize("shape", ["peaked", "ties"])
+def test_masked_rows_give_the_bits_of_whole_rows_and_allowed_tokens(shape, vocab_size, tp):
+    num_rows = len(KINDS) * len(MASKS)
+    allowed = [set(list(MASKS.values())[i % len(MASKS)](vocab_size)) for i in range(num_rows)]
+    rows = [
+        replace(row, mask=None if i % 7 == 6 else mask_of(allowed[i], vocab_size))
+        for i, row in enumerate(rows_of_all_kinds(num_rows, vocab_size))
+    ]
+    rows = [replace(row, num_generated=9) for row in rows]  # who has a grammar holds no end token back
+    logits_SV = logits_of(shape, num_rows, vocab_size)
+    sampled = sample_on(tp, logits_SV, rows)
+    assert sampled == sample_whole(logits_SV, rows)
+    for token_id, ids, row in zip(sampled.token_ids, allowed, rows, strict=True):
+        assert row.mask is None or token_id in ids
 
 
 @pytest.mark.parametrize("tp", [1, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
@@ -33,7 +34,14 @@ def chat(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=pb.Chat(**fields))
 
 
+def tools(*functions: pb.FunctionTool, **choice: Any) -> pb.Chat:
+    declared = [pb.Tool(function=function) for function in functions]
+    return pb.Chat(messages=[USER], tools=declared, tool_choice=pb.ToolChoice(**choice))
+
+
 USER = pb.ChatMessage(role="user", content="hi")
+TOOL = pb.FunctionTool(name="f")
+NOT = pb.FunctionTool(name="f", parameters_json='{"properties": {"a": {"not": {}}}}')
 REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("input", pb.GenerateRequest()),
     ("prompt", pb.GenerateRequest(text="")),
@@ -78,10 +86,19 @@ REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("sampling.prompt_logprobs", sampling(prompt_logprobs=21)),
     ("timeout_s", pb.GenerateRequest(text="a", timeout_s=0.0)),
     ("timeout_s", pb.GenerateRequest(text="a", timeout_s=float("inf"))),
-    # Fields of some later schema: GenerateRequest 20 (a grammar), Sampling 17, Chat 3.
-    ("GenerateRequest", pb.GenerateRequest.FromString(b"\x1a\x01a\xa0\x01\x01")),
+    # Fields of some later schema: GenerateRequest 29 (another constraint), Sampling 17, Chat 4.
+    ("GenerateRequest", pb.GenerateRequest.FromString(b"\x1a\x01a\xe8\x01\x01")),
     ("sampling", pb.GenerateRequest(text="a", sampling=pb.Sampling.FromString(b"\x88\x01\x01"))),
-    ("chat", pb.GenerateRequest(chat=pb.Chat.FromString(b"\x18\x01"))),
+    ("chat", pb.GenerateRequest(chat=pb.Chat.FromString(b"\x20\x01"))),
+    ("json_schema", pb.GenerateRequest(text="a", json_schema='{"uniqueItems": true}')),
+    ("regex", pb.GenerateRequest(text="a", regex="(?=a)")),
+    ("choice", pb.GenerateRequest(text="a", choice=pb.Choice())),
+    ("lark", pb.GenerateRequest(text="a", lark="begin: \"a\"")),
+    ("tools", pb.GenerateRequest(chat=tools(NOT))),
+    ("tools", pb.GenerateRequest(chat=tools(TOOL, TOOL))),
+    ("tool_choice", pb.GenerateRequest(chat=tools(TOOL, mode="MODE_NAMED", name="g"))),
+    ("tool_choice", pb.GenerateRequest(chat=tools(mode="MODE_REQUIRED"))),
+    ("sampling.min_tokens", pb.GenerateRequest(text="a", regex="a", sampling=pb.Sampling(min_tokens=1))),
 ]  # fmt: skip
 
 

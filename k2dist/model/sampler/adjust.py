@@ -1,4 +1,4 @@
-"""What a request adds to its logits: bias, then penalties, then the end ids held back.
+"""What a request does to its logits: bias, penalties, end ids held back, and last what a grammar forbids.
 
 Only the tokens named by a request are touched. Each step is computed in float64 and rounded to float32.
 """
@@ -31,7 +31,30 @@ def adjusted(
             edits.penalise(index, row.sampling, row.seen)
         if row.num_generated < row.sampling.min_tokens:
             edits.hold_back(index, [*end_token_ids, *row.sampling.stop_token_ids])
-    return edits.apply()
+    return _masked(edits.apply(), logits_Sv, rows, vocabulary)
+
+
+def _masked(
+    adjusted_Sv: Tensor, logits_Sv: Tensor, rows: Sequence[RowSampling], vocabulary: VocabularySlice
+) -> Tensor:
+    """-inf where a mask has no bit. `logits_Sv` itself is not changed.
+
+    A bit per token travels to the device, an eighth of a byte per token, and is spread out there.
+    """
+    masked = [index for index, row in enumerate(rows) if row.mask is not None]
+    if not masked:
+        return adjusted_Sv
+    first, stop = vocabulary.first, vocabulary.first + vocabulary.width
+    bits_NB = torch.stack([row.mask[first // 8 : -(-stop // 8)] for row in rows if row.mask is not None])
+    bits_NB8 = bits_NB.to(logits_Sv.device)[:, :, None] & _BITS.to(logits_Sv.device)
+    is_allowed_Nv = bits_NB8.bool().flatten(1)[:, first % 8 : first % 8 + vocabulary.width]
+    if adjusted_Sv is logits_Sv:
+        adjusted_Sv = logits_Sv.clone()
+    adjusted_Sv[masked] = adjusted_Sv[masked].masked_fill_(~is_allowed_Nv, -math.inf)
+    return adjusted_Sv
+
+
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 class _Edits:

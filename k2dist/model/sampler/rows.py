@@ -29,6 +29,7 @@ class RowSampling:
     """How to sample one row. `position`: of the token to be sampled, counted from the prompt's first.
 
     num_generated: tokens of this output so far. `seen` is needed where `has_penalty(sampling)`.
+    mask: the tokens that may come, one at least; None: all. uint8 on the CPU, a bit per id, lowest first.
     """
 
     sampling: Sampling
@@ -36,6 +37,7 @@ class RowSampling:
     position: int
     num_generated: int = 0
     seen: SeenTokens | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ def _in_order(logit_V: Tensor) -> Tensor:
 
 def _adjust(logit_V: Tensor, row: RowSampling, end_token_ids: Collection[int]) -> Tensor:
     """Bias; repetition, over prompt and output; presence once and frequency per occurrence, over the output
-    (OpenAI's API reference); end ids held back. Python's floats, rounded to float32 after each.
+    (OpenAI's API reference); end ids held back; what the mask lacks. Python's floats, rounded to float32
+    after each.
     """
     sampling, logit_V = row.sampling, logit_V.clone()
     for i, bias in sampling.logit_bias.items():
@@ -90,4 +91,8 @@ def _adjust(logit_V: Tensor, row: RowSampling, end_token_ids: Collection[int]) -
         logit_V[i] = float(logit_V[i]) - (sampling.presence_penalty + sampling.frequency_penalty * count)
     if row.num_generated < sampling.min_tokens:
         logit_V[[*end_token_ids, *sampling.stop_token_ids]] = -math.inf
+    if row.mask is not None:
+        allowed = [i for i in range(len(logit_V)) if int(row.mask[i // 8]) >> (i % 8) & 1]
+        forbidden = sorted({*range(len(logit_V))} - {*allowed})
+        logit_V[forbidden] = -math.inf
     return logit_V

@@ -1,0 +1,78 @@
+"""`k2dist bench grammar`: what masks cost beside a step, and compiling a grammar, as tables."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from k2dist.bench.grammar import (
+    NUM_OUTPUTS,
+    NUM_STEPS,
+    NUM_THREADS,
+    STEP_MS,
+    GrammarCost,
+    default_vocabulary,
+    measure,
+)
+from k2dist.cli.bench_bar import bench_bar
+
+
+def grammar(
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory whose vocabulary to use; default: a random one.")
+    ] = None,
+    outputs: Annotated[int, typer.Option(help="That are constrained, in one step.")] = NUM_OUTPUTS,
+    steps: Annotated[int, typer.Option(help="How many are timed.")] = NUM_STEPS,
+    threads: Annotated[int, typer.Option(help="That make masks.")] = NUM_THREADS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What grammar masks cost a rank's host at K2's vocabulary size, and compiling a grammar."""
+    with bench_bar("steps", is_quiet=as_json) as show:
+        done = count(1)
+        cost = measure(
+            default_vocabulary(model),
+            num_outputs=outputs,
+            num_steps=steps,
+            num_threads=threads,
+            note=lambda: show(next(done), steps),
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode({"grammar": cost}).decode())
+    else:
+        _print(cost, Console())
+
+
+def _print(cost: GrammarCost, console: Console) -> None:
+    table = _table("ms", "mean", "p99", "one CPU's mean", "p99")
+    for name, spreads in (
+        ("one mask", (cost.mask_ms, cost.mask_cpu_ms)),
+        (f"a step of {cost.num_outputs} outputs", (cost.step_ms, cost.step_cpu_ms)),
+    ):
+        table.add_row(name, *(f"{value:.3f}" for spread in spreads for value in (spread.mean, spread.p99)))
+    console.print(table)
+    compiled = _table("constraint", "bytes", "compile ms")
+    for one in cost.compiled:
+        compiled.add_row(one.name, f"{one.num_bytes:,}", f"{one.compile_ms:.1f}")
+    console.print(compiled)
+    mean, p99 = (f"{100 * value / STEP_MS:.1f}%" for value in (cost.step_ms.mean, cost.step_ms.p99))
+    console.print(
+        f"Of a step of {STEP_MS:g} ms, behind whose forward pass they hide: mean {mean}, p99 {p99}.\n"
+        f"{cost.num_steps} steps by {cost.num_threads} threads; vocabulary: {cost.vocabulary}, "
+        f"{cost.vocab_size:,} tokens, read by the compiler in {cost.tokenizer_s:.1f} s, once in a process.",
+        soft_wrap=True,
+    )
+
+
+def _table(*titles: str) -> Table:
+    """The first column to the left, figures to the right."""
+    table = Table(box=box.SIMPLE)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
