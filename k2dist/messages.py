@@ -163,6 +163,14 @@ class StepResult(Message, frozen=True, kw_only=True):
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # in the order of the plan's scoring grants
 
 
+class RankProgress(Message, frozen=True, kw_only=True):
+    """How far a rank is before it is ready: its shard is loaded first, then tested."""
+
+    num_bytes: int = 0  # of the shard; 0: not known yet
+    num_bytes_loaded: int = 0
+    num_bytes_tested: int = 0
+
+
 class LaneLoad(Message, frozen=True, kw_only=True):
     """What a router wants to know of a lane."""
 

@@ -6,7 +6,7 @@ Line i of the output is of prompt i of the input. With one output per prompt:
 
 "id" only where it was given; "tool_calls", "logprobs" and "prompt_logprobs" only where there are any. With
 n > 1, "outputs" is a list of objects with text, token_ids, finish_reason, tool_calls and logprobs. An error,
-whose field is "line" where the line is not JSON:
+whose field is "line" where the line is not JSON (index 0 is of line 1):
 
     {"index": 0, "finish_reason": "error", "error": {"field": "prompt", "message": "..."}}
 """
@@ -18,7 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -33,6 +33,8 @@ from k2dist.llm.progress import progress_bar
 from k2dist.messages import ChatMessage
 from k2dist.text import Chat
 
+NUM_ERRORS_SHOWN = 5
+
 Write = Callable[[str], object]
 
 
@@ -42,6 +44,31 @@ class Line:
 
     ask: Ask | RequestError
     id: str | int | None = None
+
+
+@dataclass(slots=True)
+class Errors:
+    """Of a batch that has run: how many, and the first few for people."""
+
+    num_prompts: int = 0
+    num_errors: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def note(self, place: str, output: Output) -> None:
+        self.num_prompts += 1
+        if output.error is None:
+            return
+        self.num_errors += 1
+        if len(self.first) < NUM_ERRORS_SHOWN:
+            self.first.append(f"{place} {self.num_prompts}: {output.error}")
+
+    def lines(self) -> Iterator[str]:
+        """None if there was no error."""
+        yield from self.first
+        if self.num_errors > 0:
+            rest = "; of the others see their lines" if self.num_errors > len(self.first) else ""
+            have = "has" if self.num_errors == 1 else "have"
+            yield f"{self.num_errors} of {self.num_prompts} prompts {have} an error{rest}"
 
 
 class Batch:
@@ -68,15 +95,15 @@ class Batch:
         if self._source is not None and self._source is not sys.stdin.buffer:
             self._source.close()
 
-    def run(self, llm: LLM, write: Write, *, progress: bool | None) -> int:
-        """Write a line for each prompt, in order; how many of them are errors."""
-        num_errors = 0
+    def run(self, llm: LLM, write: Write, *, progress: bool | None) -> Errors:
+        """Write a line for each prompt, in order."""
+        errors = Errors()
         with progress_bar(self._num_lines, is_shown=progress) as show:
             for index, (line, output) in enumerate(self._outputs(llm)):
-                num_errors += output.error is not None
+                errors.note("prompt" if self._source is None else "line", output)
                 write(as_json(index, line.id, output))
                 show(output)
-        return num_errors
+        return errors
 
     def _outputs(self, llm: LLM) -> Iterator[tuple[Line, Output]]:
         waiting: deque[Line] = deque()  # read, and not yet given back
@@ -175,6 +202,8 @@ class _JsonLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _read_line(text: bytes, given: Mapping[str, Any]) -> Line:
+    if not text.strip():
+        return Line(RequestError("line", "empty; give a JSON object in each line"))
     try:
         read = msgspec.json.decode(text, type=_JsonLine)
     except msgspec.ValidationError as error:
@@ -201,12 +230,19 @@ def _json_prompt(line: _JsonLine) -> str | list[int] | Chat:
 
 def _json_sampling(said: msgspec.Raw, given: Mapping[str, Any]) -> SamplingParams:
     """Only what the line says wins over `given`, a null as well: it is the model's default."""
+    return SamplingParams(**{**given, **sampling_fields(said)})
+
+
+def sampling_fields(said: bytes | msgspec.Raw) -> dict[str, Any]:
+    """The fields of SamplingParams that a JSON object names; RequestError for a wrong one."""
     try:
         params = msgspec.json.decode(said, type=SamplingParams)
     except msgspec.ValidationError as error:
         raise type_fault("sampling", error) from error
+    except msgspec.DecodeError as error:
+        raise RequestError("sampling", str(error)) from error
     names = msgspec.json.decode(said, type=dict[str, msgspec.Raw])
-    return SamplingParams(**{**given, **{name: getattr(params, name) for name in names}})
+    return {name: getattr(params, name) for name in names}
 
 
 def _text_prompt(text: str, *, is_chat: bool, system: str | None) -> str | Chat:

@@ -75,7 +75,7 @@ def _rank_report(place: RankPlace, status: ClusterStatus, stats: RankStats) -> R
         experts=place.experts[0] if place.experts else (),
         node=rank.node,
         pid=rank.pid,
-        num_bytes_loaded=rank.num_bytes_loaded,
+        num_bytes_loaded=rank.progress.num_bytes_loaded,
         num_steps=stats.num_steps,
         step_ms=1000 * stats.step_s_total / max(stats.num_steps, 1),
         num_rows_sent=stats.num_rows_sent,

@@ -32,6 +32,13 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Default: the rest of the context.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends an output; may be repeated.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="Of each token, and so many likeliest.")] = None,
+    more_sampling: Annotated[
+        str | None,
+        typer.Option(
+            "--sampling",
+            help='Any fields of SamplingParams as JSON, such as {"top_k": 20}; over the options here.',
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="All seeds are drawn from it; default: chance.")] = None,
     lanes: Annotated[int, typer.Option(help="Lanes; each is a batch of its own.")] = 1,
     tp: Annotated[int, typer.Option(help="Ranks per lane.")] = 1,
@@ -56,9 +63,12 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system is for --chat; give both, or write it into the messages of --jsonl")
 
-    from k2dist.cli.batch import Batch, open_output, read_jsonl, read_texts  # with torch: not for others
+    # With torch: not for others.
+    from k2dist.cli.batch import Batch, open_output, read_jsonl, read_texts, sampling_fields
     from k2dist.llm import LLM, SamplingParams
 
+    if more_sampling is not None:
+        given |= sampling_fields(more_sampling.encode())
     sampling = SamplingParams(**given)
     if jsonl is not None:
         batch = read_jsonl(jsonl, given)
@@ -66,11 +76,17 @@ def generate(
         batch = read_texts(file, sampling, is_chat=chat, system=system)
     else:
         batch = Batch.of_texts(prompts or (), sampling, is_chat=chat, system=system)
+    is_shown = False if quiet else None
     try:
-        with batch, open_output(out) as write, LLM(model, lanes=lanes, tp=tp, seed=seed) as llm:
-            num_errors = batch.run(llm, write, progress=False if quiet else None)
+        with (
+            batch,
+            open_output(out) as write,
+            LLM(model, lanes=lanes, tp=tp, seed=seed, progress=is_shown) as llm,
+        ):
+            errors = batch.run(llm, write, progress=is_shown)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    if num_errors > 0:
-        print(f"k2dist: {num_errors} prompts have an error; see their lines", file=sys.stderr, flush=True)
+    for line in errors.lines():
+        print(f"k2dist: {line}", file=sys.stderr, flush=True)
+    if errors.num_errors > 0:
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """How a cluster comes up, on stderr: bars on a terminal, lines elsewhere, nothing with --json.
 
-While ranks load: bytes, rate, and the time left.
+While ranks load, and then while they test what they hold: bytes, rate, and the time left.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from rich.progress import (
 
 from k2dist.cluster.status import ClusterStatus
 from k2dist.observe.pace import Pace
+from k2dist.observe.work import Work, work_line, work_of
 
-LINE_S = 5.0  # between two lines about loading
+LINE_S = 5.0  # between two lines about loading or testing
 
 _STAGES = {
     "new": "starting the supervisor",
     "placing": "placing the ranks",
-    "building": "ranks start and load their shards",
+    "building": "ranks start, load their shards, and test them",
     "joining": "ranks join each other",
     "running": "opening the service",
     "draining": "draining",
@@ -77,15 +78,15 @@ class _Silence:
 
 
 class _Lines(_Silence):
-    """A line with the seconds since the start for each stage, one now and then about all that is loaded, and
-    one when a rank has loaded."""
+    """A line with the seconds since the start for each stage, one now and then about all that is loaded, or
+    tested, and one when a rank is ready."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
         self._stage = ""
-        self._loaded: set[int] = set()
+        self._ready: set[int] = set()
         self._pace = Pace()
-        self._num_bytes_loaded = 0
+        self._work = Work("loaded", 0, 0)
         self._line_s = self._started_s
 
     def stage(self, text: str) -> None:
@@ -95,36 +96,27 @@ class _Lines(_Silence):
 
     def show(self, status: ClusterStatus) -> None:
         for rank in status.ranks:
-            if rank.state in ("ready", "joined") and rank.world_rank not in self._loaded:
-                self._loaded.add(rank.world_rank)
-                self._say(f"rank {rank.world_rank} has loaded {rank.num_bytes:,} bytes")
+            if rank.state in ("ready", "joined") and rank.world_rank not in self._ready:
+                self._ready.add(rank.world_rank)
+                self._say(f"rank {rank.world_rank} has loaded and tested {rank.progress.num_bytes:,} bytes")
         self.stage(_STAGES[status.phase])
-        self._show_load(status, time.monotonic())
+        self._show_work(work_of([rank.progress for rank in status.ranks]), time.monotonic())
 
-    def _show_load(self, status: ClusterStatus, now_s: float) -> None:
-        done = sum(rank.num_bytes_loaded for rank in status.ranks)
-        total = sum(rank.num_bytes for rank in status.ranks)
-        if done < self._num_bytes_loaded:  # a rank was replaced and loads anew
+    def _show_work(self, work: Work, now_s: float) -> None:
+        if work.what != self._work.what or work.done < self._work.done:  # a rank was replaced and loads anew
             self._pace = Pace()
-        self._num_bytes_loaded = done
-        self._pace.note(done, now_s)
-        if done < total and now_s >= self._line_s + LINE_S:
+        self._work = work
+        self._pace.note(work.done, now_s)
+        if work.done < work.total and now_s >= self._line_s + LINE_S:
             self._line_s = now_s
-            self._say(load_line(done, total, self._pace))
+            self._say(work_line(work, self._pace))
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._started_s:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def load_line(done: int, total: int, pace: Pace) -> str:
-    """Bytes of all ranks; the rate and the time left once they can be told."""
-    text = f"loaded {done / 1e9:.2f} of {total / 1e9:.2f} GB"
-    rate, eta_s = pace.per_s, pace.eta_s(total)
-    return text if rate is None or eta_s is None else f"{text}, {rate / 1e9:.2f} GB/s, {eta_s:.0f} s left"
-
-
 class _Bars:
-    """A spinner with the stage, and a bar for each rank that loads."""
+    """A spinner with the stage, and a bar for each rank that loads, and then tests."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -139,7 +131,7 @@ class _Bars:
             transient=True,
         )
         self._stage = self._progress.add_task("starting", total=None)
-        self._bars: dict[int, TaskID] = {}
+        self._bars: dict[tuple[int, str], TaskID] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -156,9 +148,14 @@ class _Bars:
     def show(self, status: ClusterStatus) -> None:
         self.stage(_STAGES[status.phase])
         for rank in status.ranks:
-            if rank.num_bytes == 0:
+            work = work_of([rank.progress])
+            if work.total == 0:
                 continue
-            if rank.world_rank not in self._bars:
-                self._bars[rank.world_rank] = self._progress.add_task(f"  rank {rank.world_rank}")
-            bar = self._bars[rank.world_rank]
-            self._progress.update(bar, completed=rank.num_bytes_loaded, total=rank.num_bytes)
+            if (rank.world_rank, work.what) not in self._bars:
+                earlier = self._bars.pop((rank.world_rank, "loaded"), None)
+                if earlier is not None:  # a new bar, so that the rate is of the test alone
+                    self._progress.remove_task(earlier)
+                name = f"  rank {rank.world_rank} {work.what}"
+                self._bars[rank.world_rank, work.what] = self._progress.add_task(name)
+            bar = self._bars[rank.world_rank, work.what]
+            self._progress.update(bar, completed=work.done, total=work.total)

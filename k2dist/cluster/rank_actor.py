@@ -16,7 +16,7 @@ import ray
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import UnavailableError
 from k2dist.ids import RequestId, WorldRank
-from k2dist.messages import AdmitReply, EventBatch, LaneLoad, LiveRequest, Message, Request
+from k2dist.messages import AdmitReply, EventBatch, LaneLoad, LiveRequest, Message, RankProgress, Request
 
 if TYPE_CHECKING:  # torch comes with these, and reads its number of threads when it is imported
     from k2dist.engine import LanePort, RankRuntime, RankStats
@@ -49,12 +49,12 @@ class RankActor:
         self._world = world
         self._world_rank = world_rank
         self._runtime: RankRuntime | None = None
-        self._num_bytes_loaded = (0, 0)
+        self._progress = RankProgress()
 
     # -- one after the other ---------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read this rank's own bytes. Errors: CheckpointError."""
+        """Read this rank's own bytes, and test them. Errors: CheckpointError, FaultyRankError."""
         from k2dist.cluster.rank_spec import rank_spec
         from k2dist.engine import RankRuntime
 
@@ -87,9 +87,9 @@ class RankActor:
         return RankProcess(node=ray.util.get_node_ip_address(), pid=os.getpid())
 
     @_in_group("control")
-    def progress(self) -> tuple[int, int]:
-        """Bytes of the shard that are loaded, and in all; (0, 0) before the first."""
-        return self._num_bytes_loaded
+    def progress(self) -> RankProgress:
+        """How far `load` is."""
+        return self._progress
 
     @_in_group("control")
     def stats(self) -> RankStats:
@@ -146,8 +146,8 @@ class RankActor:
         assert port is not None, f"world rank {self._world_rank} is not the first of a lane"
         return port
 
-    def _note_progress(self, num_bytes_loaded: int, num_bytes: int) -> None:
-        self._num_bytes_loaded = (num_bytes_loaded, num_bytes)
+    def _note_progress(self, progress: RankProgress) -> None:
+        self._progress = progress
 
 
 class _ActorBells:

@@ -13,6 +13,7 @@ from k2dist.cluster.placement import bundle_of
 from k2dist.cluster.rank_actor import THREADS, RankActor, RankProcess
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.ids import LaneId, WorldRank
+from k2dist.messages import RankProgress
 from k2dist.supervision import (
     Died,
     Failed,
@@ -34,7 +35,7 @@ class RankProcesses:
         self._world = world
         self._actors: dict[WorldRank, Any] = {}
         self.processes: dict[WorldRank, RankProcess] = {}
-        self.progress: dict[WorldRank, tuple[int, int]] = {}  # bytes loaded, bytes in all
+        self.progress: dict[WorldRank, RankProgress] = {}
 
     def create(self, action: StartRank, group: PlacementGroup) -> None:
         """Ask for the actor; its handle can be used at once."""

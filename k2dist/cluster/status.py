@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from k2dist.ids import Generation, WorldRank
-from k2dist.messages import Message
+from k2dist.messages import Message, RankProgress
 
 
 class RankStatus(Message, frozen=True, kw_only=True):
@@ -13,8 +13,7 @@ class RankStatus(Message, frozen=True, kw_only=True):
     state: str
     node: str = ""  # address of its node, once it has a process
     pid: int = 0
-    num_bytes_loaded: int = 0
-    num_bytes: int = 0  # of its shard; 0: not known yet
+    progress: RankProgress = RankProgress()
 
 
 class ClusterStatus(Message, frozen=True, kw_only=True):

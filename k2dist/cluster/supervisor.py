@@ -27,6 +27,7 @@ from k2dist.cluster.status import ClusterStatus, RankStatus
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import K2Error
 from k2dist.ids import Generation, WorldRank
+from k2dist.messages import RankProgress
 from k2dist.supervision import (
     Action,
     Beat,
@@ -255,14 +256,13 @@ class Supervisor:
 
     def _rank_status(self, world_rank: WorldRank, state: RankState) -> RankStatus:
         process = self._ranks.processes.get(world_rank)
-        num_bytes_loaded, num_bytes = self._ranks.progress.get(world_rank, (0, 0))
+        progress = self._ranks.progress.get(world_rank, RankProgress())
         return RankStatus(
             world_rank=world_rank,
             state=state.value,
             node=process.node if process else "",
             pid=process.pid if process else 0,
-            num_bytes_loaded=num_bytes_loaded,
-            num_bytes=num_bytes,
+            progress=progress,
         )
 
     def _spawn_event(self, call: Coroutine[Any, Any, Event]) -> None:

@@ -28,6 +28,7 @@ class LoggedOutput:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of output 0: prompt[1:], as they come
     first_logprob: int = 0  # the tokens before it were known when the request was opened
     finish: FinishReason | None = None
     stop_match: str | int | None = None
@@ -104,10 +105,12 @@ class RequestLog:
             return None
         output = entry.outputs[event.output_index]
         fresh = _without_known(event, output)
-        if output.finish is not None or (not fresh.token_ids and fresh.finish is None):
+        is_empty = not fresh.token_ids and not fresh.prompt_logprobs and fresh.finish is None
+        if output.finish is not None or is_empty:
             return None
         output.token_ids += fresh.token_ids
         output.logprobs += fresh.logprobs
+        output.prompt_logprobs += fresh.prompt_logprobs
         if fresh.finish is not None:
             output.finish, output.stop_match = fresh.finish, fresh.stop_match
             output.usage, output.error = fresh.usage, fresh.error
@@ -129,8 +132,11 @@ class RequestLog:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def tail(self, request_id: RequestId, output_index: int, from_index: int) -> Event:
-        """Tokens from `from_index` on, and the end if it has come, as one event.
+    def tail(
+        self, request_id: RequestId, output_index: int, from_index: int, *, from_prompt_index: int = 1
+    ) -> Event:
+        """Tokens from `from_index` on, with output 0 logprobs of the prompt from `from_prompt_index` on, and
+        the end if it has come, as one event.
 
         Its logprobs, if any, are those of its last tokens: `generated` ones come without. `RequestError` for
         a request, an output or a position that the log does not have.
@@ -145,12 +151,15 @@ class RequestLog:
             raise RequestError(
                 "from_index", f"{from_index}: the output has {len(output.token_ids)} tokens so far"
             )
+        prompt_logprobs = tuple(output.prompt_logprobs[from_prompt_index - 1 :])
         return Event(
             request_id=request_id,
             output_index=output_index,
             first_index=from_index,
             token_ids=tuple(output.token_ids[from_index:]),
             logprobs=tuple(output.logprobs[max(from_index - output.first_logprob, 0) :]),
+            prompt_logprobs=prompt_logprobs,
+            first_prompt_index=from_prompt_index if prompt_logprobs else 0,
             finish=output.finish,
             stop_match=output.stop_match,
             usage=output.usage,
@@ -228,7 +237,7 @@ def _begin(token_ids: tuple[int, ...]) -> LoggedOutput:
 
 
 def _without_known(event: Event, output: LoggedOutput) -> Event:
-    """`event` less the tokens that the log has."""
+    """`event` less the tokens and the logprobs of the prompt that the log has."""
     name = f"request {event.request_id!r} output {event.output_index}"
     num_known = len(output.token_ids) - event.first_index
     if num_known < 0:
@@ -238,11 +247,16 @@ def _without_known(event: Event, output: LoggedOutput) -> Event:
     repeated = event.token_ids[:num_known]
     if repeated != tuple(output.token_ids[event.first_index :][: len(repeated)]):
         raise PeerError(f"{name}: its lane sent other tokens than before from {event.first_index} on")
+    num_scored = len(output.prompt_logprobs) + 1 - event.first_prompt_index
+    if event.prompt_logprobs and num_scored < 0:
+        raise PeerError(f"{name}: logprobs of the prompt before {event.first_prompt_index} did not arrive")
     return structs.replace(
         event,
         first_index=event.first_index + len(repeated),
         token_ids=event.token_ids[len(repeated) :],
         logprobs=event.logprobs[len(repeated) :],
+        prompt_logprobs=event.prompt_logprobs[num_scored:],
+        first_prompt_index=event.first_prompt_index + num_scored if event.prompt_logprobs else 0,
     )
 
 
@@ -253,18 +267,21 @@ def _generated(entry: _Entry) -> dict[int, tuple[int, ...]]:
 def _bytes_at_most(request: Request) -> int:
     """All that a request can come to, with every output at `max_tokens`."""
     sampling = request.sampling
-    token_bytes = _TOKEN_BYTES
-    if sampling.logprobs is not None:
-        token_bytes += _LOGPROB_BYTES + _RIVAL_BYTES * sampling.logprobs
+    token_bytes = _TOKEN_BYTES + _logprob_bytes(sampling.logprobs)
     return (
         _ENTRY_BYTES
-        + _TOKEN_BYTES * len(request.prompt)
+        + (_TOKEN_BYTES + _logprob_bytes(sampling.prompt_logprobs)) * len(request.prompt)
         + token_bytes * sampling.max_tokens * request.num_outputs
     )
 
 
+def _logprob_bytes(num_rivals: int | None) -> int:
+    """Of one token's logprob; None: it has none."""
+    return 0 if num_rivals is None else _LOGPROB_BYTES + _RIVAL_BYTES * num_rivals
+
+
 def _bytes_now(entry: _Entry) -> int:
     tokens = len(entry.request.prompt) + sum(len(output.token_ids) for output in entry.outputs)
-    logprobs = [logprob for output in entry.outputs for logprob in output.logprobs]
+    logprobs = [one for output in entry.outputs for one in (*output.logprobs, *output.prompt_logprobs)]
     rivals = sum(len(logprob.top) for logprob in logprobs)
     return _ENTRY_BYTES + _TOKEN_BYTES * tokens + _LOGPROB_BYTES * len(logprobs) + _RIVAL_BYTES * rivals

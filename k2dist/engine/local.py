@@ -9,6 +9,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -20,7 +21,7 @@ from k2dist.engine.lane import LanePort
 from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
 from k2dist.errors import FencedError
 from k2dist.ids import Generation, LaneId, RequestId
-from k2dist.messages import Request, Sampling
+from k2dist.messages import RankProgress, Request, Sampling
 from k2dist.parallel import Layout, check_layout, first_layout
 from k2dist.scheduler import Limits
 
@@ -77,9 +78,12 @@ class LocalWorld:
         for rank in self.ranks:
             rank.ring(epoch)
 
-    def start(self) -> None:
-        for rank, comms in zip(self.ranks, _connect(self.layout, self._step_deadline_s), strict=True):
-            rank.load()
+    def start(self, tell: Callable[[int, RankProgress], object] | None = None) -> None:
+        """Load one rank after the other, and `tell` for each number how far it is; then run all."""
+        for w, (rank, comms) in enumerate(
+            zip(self.ranks, _connect(self.layout, self._step_deadline_s), strict=True)
+        ):
+            rank.load(None if tell is None else partial(tell, w))
             rank.join(comms, self, Generation(0))
         self._threads = [
             threading.Thread(target=self._host, args=(rank,), name=f"rank-{w}", daemon=True)

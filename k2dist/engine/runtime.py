@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +34,7 @@ from k2dist.engine.doorbell import Doorbell
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
+from k2dist.engine.load_progress import LoadProgress, Tell
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.steps import Model, Step, Steps
@@ -170,14 +170,15 @@ class RankRuntime:
 
     # -- the rank's own thread -------------------------------------------------------------------------
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> LoadReport:
-        """Read and lay out this rank's weights, allocate its pages, test itself.
+    def load(self, tell: Tell | None = None) -> LoadReport:
+        """Read and lay out this rank's weights, allocate its pages, test itself, and `tell` how far it is.
 
-        `progress(bytes read, bytes in all)`, of the first read. Errors: CheckpointError, FaultyRankError.
+        Errors: CheckpointError, FaultyRankError.
         """
         started_s = time.monotonic()
         plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
-        tensors = load_shard(Path(self._spec.model_dir), plan, progress)
+        progress = LoadProgress(plan.num_bytes, tell)
+        tensors = load_shard(Path(self._spec.model_dir), plan, progress.loaded)
         num_tensors, num_bytes = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
         weights = assemble(tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels)
         cache = None
@@ -195,6 +196,7 @@ class RankRuntime:
             weights,
             self._kernels,
             page_tokens=self._spec.page_tokens,
+            progress=progress.tested,
         )
         return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=load_s, self_test=report)
 

@@ -11,7 +11,7 @@ beyond the weights is one decoder layer, as stored and as laid out. No other ran
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,13 +54,16 @@ def self_test(
     kernels: KernelSet,
     *,
     page_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SelfTestReport:
     """Test what `world_rank` holds and computes; returns if all is right.
+
+    `progress(bytes tested, bytes in all)` after each decoder layer.
 
     Errors: CheckpointError if files are not those of the manifest, FaultyRankError if memory or kernels are
     at fault. Both name the tensor or the half layer, of the first decoder layer where something is wrong.
     """
-    started_s = time.monotonic()
+    started_s, num_bytes_tested = time.monotonic(), 0
     checker = find_checker(model_dir, architecture)
     plan = shard_plan(architecture, layout, world_rank)
     rank = f"world rank {world_rank}"
@@ -72,6 +75,9 @@ def self_test(
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
             _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
             _raise(FaultyRankError, rank, test.kernel_faults(layer, tensors))
+            num_bytes_tested += part.num_bytes
+            if progress is not None:
+                progress(num_bytes_tested, plan.num_bytes)
         _raise(FaultyRankError, rank, test.head_faults())
     return SelfTestReport(
         num_tensors=len(plan.reads),

@@ -75,7 +75,13 @@ class Prepare:
             vocab_size=self._vocab_size,
             draw_seed=self._draw_seed,
         )
-        request = Request(request_id=request_id, prompt=prompt, sampling=sampling, num_outputs=ask.sampling.n)
+        request = Request(
+            request_id=request_id,
+            prompt=prompt,
+            sampling=sampling,
+            num_outputs=ask.sampling.n,
+            timeout_s=ask.sampling.timeout_s,
+        )
         check_request(request, self._vocab_size)
         self.reader(ask.prompt, sampling)  # raises for tools that it cannot read, while there is time
         return request

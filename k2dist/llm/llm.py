@@ -25,7 +25,7 @@ from k2dist.ids import RequestId
 from k2dist.llm.ask import Ask, Prepare, Prompt, check_prompt
 from k2dist.llm.conversation import Conversation, read_chats
 from k2dist.llm.output import Output, answered
-from k2dist.llm.progress import progress_bar
+from k2dist.llm.progress import loading_bar, progress_bar
 from k2dist.llm.sampling_params import SamplingParams
 from k2dist.messages import FinishReason, Request
 from k2dist.parallel import first_layout
@@ -45,6 +45,7 @@ class LLM:
     residual stream, "bfloat16" or "float32" (slow, for comparisons). Each lane has `num_pages` pages of
     `page_tokens` tokens, and `limits` of its own. seed: where the seeds of prompts that give none are drawn
     from, in their order; None: from chance. step_deadline_s: what a rank waits for others in one exchange.
+    progress: show on stderr how far loading is; None: on a terminal.
 
     Errors: CheckpointError, ConfigError, LayoutError, FaultyRankError. One call at a time: a second one is a
     UsageError. When a rank fails, the call under way and all later ones raise what the rank raised.
@@ -63,6 +64,7 @@ class LLM:
         limits: Limits | None = None,
         seed: int | None = None,
         step_deadline_s: float = 600.0,
+        progress: bool | None = None,
     ) -> None:
         path, limits = Path(model_dir), limits or Limits()
         for name, value in (("lanes", lanes), ("tp", tp), ("step_deadline_s", step_deadline_s)):
@@ -90,7 +92,8 @@ class LLM:
         self._window = _WINDOW * lanes * self._lane_outputs
         self._request_ids = map(RequestId, map(str, count()))
         self._turn = threading.Lock()
-        world.start()
+        with loading_bar(world.layout.world_size, is_shown=progress) as tell:
+            world.start(tell)
         self._closing = weakref.finalize(self, world.close)  # at the interpreter's end too
 
     def close(self) -> None:

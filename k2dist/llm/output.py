@@ -12,7 +12,7 @@ from k2dist.llm.ask import Ask, Prepare, Prompt
 from k2dist.messages import ChatMessage, FinishReason, Request, Sampling, TokenLogprob, ToolCall, Usage
 from k2dist.text import collect
 
-Finish = Literal["stop", "length", "tool_calls", "error"]
+Finish = Literal["stop", "length", "tool_calls", "timeout", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Completion:
     """One of a prompt's outputs.
 
     `token_ids` hold the token that ended it, `text` does not. `finish_reason`: "stop" (an end token, stop id
-    or stop string: `stop_match`), "length", or "tool_calls" (stopped, having called a tool).
+    or stop string: `stop_match`), "length", "tool_calls" (stopped, having called a tool), or "timeout".
     """
 
     token_ids: tuple[int, ...]
@@ -105,6 +105,8 @@ def _completion(output: Generated, prompt: Prompt, sampling: Sampling, prepare: 
     answer = collect((*reader.push(output.token_ids), *reader.finish(is_cut=is_cut)))
     if output.finish is FinishReason.LENGTH:
         finish: Finish = "length"
+    elif output.finish is FinishReason.ABORT:  # nobody else ends what is given back
+        finish = "timeout"
     else:
         finish = "tool_calls" if reader.num_calls > 0 else "stop"
     return Completion(

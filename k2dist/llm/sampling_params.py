@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -39,10 +40,13 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     logprobs: int | None = None  # n: of each token, and of the n likeliest beside it
     prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
+    timeout_s: float | None = None  # an output that runs longer, once a lane has it, ends with "timeout"
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or self.n < 1:
             raise RequestError("sampling.n", f"{self.n!r}: ask for at least 1 output")
+        if self.timeout_s is not None and not _is_time(self.timeout_s):
+            raise RequestError("sampling.timeout_s", f"{self.timeout_s!r}: use a number of seconds above 0")
         resolve_sampling(
             self.partial(),
             SamplingDefaults(),
@@ -61,3 +65,8 @@ class SamplingParams(Message, frozen=True, kw_only=True):
             return msgspec.convert(said, PartialSampling)
         except msgspec.ValidationError as error:
             raise type_fault("sampling", error) from error
+
+
+def _is_time(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]

@@ -8,15 +8,29 @@ same tokens again, however cut, it gives the same text, which is how Resume repl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from msgspec.structs import replace
+
 from k2dist.messages import Event, FinishReason, Usage
-from k2dist.service.answer_events import AnswerEnd, Delta, Failed, Finished, ToolCallDelta
+from k2dist.service.answer_events import (
+    AnswerEnd,
+    Delta,
+    Failed,
+    Finished,
+    PromptLogprobs,
+    ToolCallDelta,
+)
 from k2dist.text.output import OutputReader
 from k2dist.text.tokenizer import Tokenizer
 from k2dist.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Part
 
-OutputEvent = Delta | Finished | Failed
+# Most tokens of one event: with 20 rivals each about 4 MB of a gRPC message's 16. A slow reader, or Resume,
+# may have 100,000 to read at once.
+PIECE_TOKENS = 4096
+
+OutputEvent = PromptLogprobs | Delta | Finished | Failed
 
 _ENDS = {
     FinishReason.STOP: AnswerEnd.STOP,
@@ -45,19 +59,20 @@ class Answer:
         )
 
     def push(self, event: Event) -> tuple[OutputEvent, ...]:
-        """A Delta if there is anything to show, and the terminal event if this was the output's last."""
+        """Logprobs of the prompt and deltas, as far as there is anything to show, and the terminal event if
+        this was the output's last."""
         parts = self._reader.push(event.token_ids)
         if event.finish is not None:
             is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
             parts += self._reader.finish(is_cut=is_cut)
         events: list[OutputEvent] = []
-        delta = _delta(event, parts)
-        if delta.token_ids or delta.text or delta.tool_calls:
-            events.append(delta)
+        events += _prompt_logprobs(event)
+        events += _pieces(_delta(event, parts))
         if event.finish is FinishReason.ERROR:
             events.append(_failed(event))
         elif event.finish is not None:
-            events.append(self._finished(event, _ENDS[event.finish]))
+            is_late = event.finish is FinishReason.ABORT and bool(event.error)
+            events.append(self._finished(event, AnswerEnd.TIMEOUT if is_late else _ENDS[event.finish]))
         return tuple(events)
 
     def _finished(self, event: Event, end: AnswerEnd) -> Finished:
@@ -68,6 +83,36 @@ class Answer:
             reason=end,
             stop_match=event.stop_match,
             usage=event.usage or Usage(completion_tokens=event.first_index + len(event.token_ids)),
+        )
+
+
+def _prompt_logprobs(event: Event) -> Iterator[PromptLogprobs]:
+    for start in range(0, len(event.prompt_logprobs), PIECE_TOKENS):
+        yield PromptLogprobs(
+            first_index=event.first_prompt_index + start,
+            logprobs=event.prompt_logprobs[start : start + PIECE_TOKENS],
+        )
+
+
+def _pieces(delta: Delta) -> Iterator[Delta]:
+    """The delta in pieces, of which the last has the text and the calls; none if there is nothing in it."""
+    start, num_tokens = 0, len(delta.token_ids)
+    num_bare = num_tokens - len(delta.logprobs)  # known before the lane had it, and first in the delta
+    while num_tokens - start > PIECE_TOKENS:
+        stop = start + PIECE_TOKENS
+        yield Delta(
+            output_index=delta.output_index,
+            first_index=delta.first_index + start,
+            token_ids=delta.token_ids[start:stop],
+            logprobs=delta.logprobs[max(start - num_bare, 0) : max(stop - num_bare, 0)],
+        )
+        start = stop
+    if delta.token_ids or delta.text or delta.tool_calls:
+        yield replace(
+            delta,
+            first_index=delta.first_index + start,
+            token_ids=delta.token_ids[start:],
+            logprobs=delta.logprobs[max(start - num_bare, 0) :],
         )
 
 

@@ -1,6 +1,7 @@
 """What a client reads: the events of one request's answer, in no API's words.
 
     Accepted, then Delta ... of all outputs as they come; the last of each output is Finished or Failed
+    (PromptLogprobs ..., if asked for, before the deltas of output 0)
 
 Positions are (output_index, token index); deltas are never cumulative.
 """
@@ -19,6 +20,7 @@ class AnswerEnd(enum.StrEnum):
     LENGTH = "length"  # max_tokens, or the end of the context
     TOOL_CALLS = "tool_calls"  # stopped, having written at least one tool call
     ABORTED = "aborted"  # by the client or an operator
+    TIMEOUT = "timeout"  # the request's `timeout_s` has passed
 
 
 class Accepted(Message, frozen=True, kw_only=True):
@@ -30,6 +32,13 @@ class Accepted(Message, frozen=True, kw_only=True):
     num_outputs: int
     sampling: Sampling
     lane: int
+
+
+class PromptLogprobs(Message, frozen=True, kw_only=True):
+    """Of the prompt's tokens from number `first_index` (at least 1) on; gapless, as deltas are."""
+
+    first_index: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 class ToolCallDelta(Message, frozen=True, kw_only=True):
@@ -70,4 +79,4 @@ class Failed(Message, frozen=True, kw_only=True):
     retryable: bool
 
 
-AnswerEvent = Accepted | Delta | Finished | Failed
+AnswerEvent = Accepted | PromptLogprobs | Delta | Finished | Failed

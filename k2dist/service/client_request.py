@@ -18,6 +18,7 @@ class ClientRequest(Message, frozen=True, kw_only=True):
     num_outputs: int = 1
     tenant: str = ""
     priority: int = 0
+    timeout_s: float | None = None  # from its acceptance; outputs that still run then end. None: no limit
     detached: bool = False  # True: losing the stream does not end the request
     model: str = ""  # empty: the one that is served
 

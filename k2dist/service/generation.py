@@ -146,6 +146,7 @@ class Generation:
             num_outputs=asked.num_outputs,
             tenant=asked.tenant,
             priority=asked.priority,
+            timeout_s=asked.timeout_s,
         )
 
     async def _read(

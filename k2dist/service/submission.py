@@ -65,6 +65,7 @@ class Reader(Generic[N]):
         self._log = log
         self._leave = leave
         self._cursors = [0] * submission.request.num_outputs
+        self._prompt_cursor = 1  # the next prompt token whose logprob is to be read
         self._open = set(range(submission.request.num_outputs))
         self._changed = asyncio.Event()
         submission.readers.add(self)
@@ -115,9 +116,15 @@ class Reader(Generic[N]):
                 raise UnknownRequestError(
                     "request_id", f"{request_id} was read so slowly that it is forgotten"
                 )
-            event = self._log.tail(request_id, output_index, self._cursors[output_index])
+            event = self._log.tail(
+                request_id,
+                output_index,
+                self._cursors[output_index],
+                from_prompt_index=self._prompt_cursor,
+            )
             self._cursors[output_index] += len(event.token_ids)
+            self._prompt_cursor += len(event.prompt_logprobs)
             if event.finish is not None:
                 self._open.remove(output_index)
-            if event.token_ids or event.finish is not None:
+            if event.token_ids or event.prompt_logprobs or event.finish is not None:
                 yield event

@@ -13,6 +13,7 @@ from k2dist.service.answer_events import (
     Delta,
     Failed,
     Finished,
+    PromptLogprobs,
     ToolCallDelta,
 )
 
@@ -23,6 +24,7 @@ _REASONS = {
     AnswerEnd.LENGTH: pb.FINISH_REASON_LENGTH,
     AnswerEnd.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
     AnswerEnd.ABORTED: pb.FINISH_REASON_ABORTED,
+    AnswerEnd.TIMEOUT: pb.FINISH_REASON_TIMEOUT,
 }
 _ENDS = {reason: end for end, reason in _REASONS.items()}
 
@@ -32,6 +34,10 @@ def write_event(event: AnswerEvent, token_bytes: TokenBytes) -> pb.GenerateEvent
     match event:
         case Accepted():
             return pb.GenerateEvent(accepted=_write_accepted(event))
+        case PromptLogprobs():
+            logprobs = (_write_logprob(logprob, token_bytes) for logprob in event.logprobs)
+            scores = pb.PromptLogprobs(first_index=event.first_index, logprobs=logprobs)
+            return pb.GenerateEvent(prompt_logprobs=scores)
         case Delta():
             return pb.GenerateEvent(delta=_write_delta(event, token_bytes))
         case Finished():
@@ -59,6 +65,7 @@ def _write_accepted(event: Accepted) -> pb.Accepted:
         stop_token_ids=s.stop_token_ids,
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs,
+        prompt_logprobs=s.prompt_logprobs,
     )
     return pb.Accepted(
         request_id=event.request_id,
@@ -112,6 +119,10 @@ def read_event(message: pb.GenerateEvent) -> AnswerEvent | None:
     match message.WhichOneof("event"):
         case "accepted":
             return _read_accepted(message.accepted)
+        case "prompt_logprobs":
+            scores = message.prompt_logprobs
+            logprobs = tuple(map(_read_logprob, scores.logprobs))
+            return PromptLogprobs(first_index=scores.first_index, logprobs=logprobs)
         case "delta":
             return _read_delta(message.delta)
         case "finished":
@@ -146,6 +157,7 @@ def _read_accepted(message: pb.Accepted) -> Accepted:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
+        prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
     )
     return Accepted(
         request_id=message.request_id,

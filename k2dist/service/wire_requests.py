@@ -27,6 +27,7 @@ _SCALARS = (  # the optional ones: ListFields has those that the client set, zer
     "min_tokens",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
 )
 
 
@@ -41,6 +42,7 @@ def read_request(message: pb.GenerateRequest) -> ClientRequest:
         num_outputs=message.num_outputs if message.HasField("num_outputs") else 1,
         tenant=message.tenant,
         priority=message.priority,
+        timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
         detached=message.detached,
         model=message.model,
     )
@@ -142,6 +144,7 @@ def write_request(request: ClientRequest) -> pb.GenerateRequest:
         num_outputs=request.num_outputs,
         priority=request.priority,
         tenant=request.tenant,
+        timeout_s=request.timeout_s,
         detached=request.detached,
     )
     if isinstance(request.prompt, str):
@@ -154,9 +157,6 @@ def write_request(request: ClientRequest) -> pb.GenerateRequest:
 
 
 def write_sampling(sampling: PartialSampling) -> pb.Sampling:
-    """RequestError for what the schema has no field for."""
-    if sampling.prompt_logprobs is not None:
-        raise RequestError("sampling.prompt_logprobs", "not served over gRPC; `k2dist.LLM` has them")
     return pb.Sampling(
         **{name: getattr(sampling, name) for name in _SCALARS},
         logit_bias=sampling.logit_bias,

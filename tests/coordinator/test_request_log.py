@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from k2dist.coordinator import RequestLog
 from k2dist.errors import CapacityError, ConfigError, PeerError, RequestError
@@ -72,6 +73,40 @@ def test_logprobs_are_cut_with_their_tokens() -> None:
     assert fresh is not None
     assert (fresh.token_ids, fresh.logprobs) == (TOKENS[3:], logprobs[3:])
     assert log.tail("r", 0, 1).logprobs == logprobs[1:]
+
+
+def scored(first: int, end: int, *, num_tokens: int = 0) -> Event:
+    """Logprobs of prompt tokens [first, end), which are their own numbers."""
+    return Event(
+        request_id="r",
+        output_index=0,
+        first_index=0,
+        token_ids=TOKENS[:num_tokens],
+        prompt_logprobs=tuple(TokenLogprob(token_id=i, logprob=-1.0) for i in range(first, end)),
+        first_prompt_index=first,
+    )
+
+
+def test_logprobs_of_the_prompt_are_there_once_whatever_a_lane_repeats() -> None:
+    log = log_with(structs.replace(request(prompt_logprobs=0), prompt=tuple(range(9))))
+    assert log.append(scored(1, 4), 1.0) == scored(1, 4)
+    assert log.append(scored(1, 4), 1.0) is None
+    assert log.append(scored(1, 6), 1.0) == scored(4, 6), "a recovery begins anew"
+    with pytest.raises(PeerError, match="logprobs of the prompt before 8 did not arrive"):
+        log.append(scored(8, 9), 1.0)
+    assert log.append(scored(6, 9, num_tokens=1), 1.0) == scored(6, 9, num_tokens=1)
+    assert log.tail("r", 0, 0) == scored(1, 9, num_tokens=1)
+    assert log.tail("r", 0, 0, from_prompt_index=5) == scored(5, 9, num_tokens=1)
+    assert log.tail("r", 0, 0, from_prompt_index=9) == delta(0, 1)
+    log.check()
+
+
+def test_logprobs_of_the_prompt_count_as_memory() -> None:
+    bare, full = log_with(request()), log_with(request(prompt_logprobs=20))
+    assert full.num_bytes > bare.num_bytes + 20 * 100
+    full.append(scored(1, 2), 1.0)
+    full.append(delta(0, 5, finish=FinishReason.STOP), 1.0)
+    full.check()
 
 
 def test_a_gap_is_an_error() -> None:

@@ -19,7 +19,7 @@ from k2dist.engine import LocalWorld, RankRuntime, RankSpec, runtime
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
-from k2dist.messages import FinishReason, Sampling
+from k2dist.messages import FinishReason, RankProgress, Sampling
 from k2dist.model import decoder
 from k2dist.model.batch import Batch
 from k2dist.model.weights import assemble
@@ -66,6 +66,20 @@ def test_a_healthy_rank_passes(listed_dir: Path, dtype: str, lanes: int, tp: int
         assert test.has_manifest
         assert (test.num_tensors, test.num_bytes) == (report.num_tensors, report.num_bytes)
         assert 0 < test.worst_error < (1e-4 if dtype == "float32" else 0.1)
+
+
+def test_load_and_test_say_how_far_they_are(tiny_model_dir: Path) -> None:
+    told: list[RankProgress] = []
+    report = RankRuntime(spec(tiny_model_dir, 0)).load(told.append)
+    loaded = [each.num_bytes_loaded for each in told]
+    tested = [each.num_bytes_tested for each in told]
+    assert {each.num_bytes for each in told} == {report.num_bytes}
+    assert loaded == sorted(loaded)
+    assert tested == sorted(tested)
+    assert (loaded[-1], tested[-1]) == (report.num_bytes, report.num_bytes)
+    first_test = next(i for i, count in enumerate(tested) if count > 0)
+    assert loaded[first_test - 1] == report.num_bytes, "loaded whole before it is tested"
+    assert len(set(tested)) == 5, "nothing yet, then the ends and three layers"
 
 
 def test_a_rank_without_experts_passes(tiny_model_dir: Path) -> None:

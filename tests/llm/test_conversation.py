@@ -33,10 +33,13 @@ def test_messages_in_openais_form() -> None:
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
-        ([{"content": "a"}], "messages[0]"),
+        ([{"content": "a"}], "messages[0].role"),
         ([{"role": "user", "content": 7}], "messages[0].content"),
-        ([{"role": "user", "text": "a"}], "messages[0]"),
-        ([*MESSAGES[:2], {"role": "user", "tool_calls": [{"id": "a"}]}], "messages[2].tool_calls[0]"),
+        ([{"role": "user", "text": "a"}], "messages[0].text"),
+        (
+            [*MESSAGES[:2], {"role": "user", "tool_calls": [{"id": "a"}]}],
+            "messages[2].tool_calls[0].function",
+        ),
         (["Hello"], "conversations[0].messages"),
         ([[]], "conversations[0].messages"),
         ([MESSAGES, [{"role": 1}]], "conversations[1].messages[0].role"),

@@ -41,7 +41,11 @@ def test_each_line_of_a_file_is_a_prompt(tiny_model_dir: Path, tmp_path: Path) -
     prompts.write_bytes(b"abc\n\n\xff\nabc")
     result = invoke(tiny_model_dir, "--file", prompts, "--out", out)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "2 prompts have an error" in result.stderr
+    assert result.stderr.splitlines() == [
+        "k2dist: line 2: prompt: empty; give at least one token",
+        "k2dist: line 3: prompt: not UTF-8: invalid start byte at byte 0",
+        "k2dist: 2 of 4 prompts have an error",
+    ]
     first, empty, broken, last = lines(out.read_text())
     assert first["token_ids"] == last["token_ids"]
     assert empty["error"] == {"field": "prompt", "message": "empty; give at least one token"}
@@ -88,15 +92,15 @@ def test_json_lines_say_what_they_want(tiny_model_dir: Path, tmp_path: Path) -> 
         ('{"prompt": [512]}', "prompt"),
         ('{"prompt": "a", "messages": []}', "prompt"),
         ('{"messages": []}', "messages"),
-        ('{"messages": [{"role": "user", "contents": "a"}]}', "messages[0]"),
+        ('{"messages": [{"role": "user", "contents": "a"}]}', "messages[0].contents"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "messages[0].tool_call_id"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "tools[0]"),
         ('{"prompt": "a", "tools": [{}]}', "tools"),
         ('{"id": "x"}', "prompt"),
-        ('{"prompt": "a", "temperature": 1}', ""),
+        ('{"prompt": "a", "temperature": 1}', "temperature"),
         ('{"prompt": "a", "sampling": {"temperature": -1}}', "sampling.temperature"),
         ('{"prompt": "a", "sampling": {"temperature": "b"}}', "sampling.temperature"),
-        ('{"prompt": "a", "sampling": {"heat": 1}}', "sampling"),
+        ('{"prompt": "a", "sampling": {"heat": 1}}', "sampling.heat"),
     ],
 )
 def test_a_wrong_line_fails_alone(tiny_model_dir: Path, line: str, field: str) -> None:
@@ -108,6 +112,28 @@ def test_a_wrong_line_fails_alone(tiny_model_dir: Path, line: str, field: str) -
     assert (wrong["index"], last["index"]) == (1, 3)
     assert wrong["finish_reason"] == "error"
     assert wrong["error"]["field"] == last["error"]["field"] == field
+
+
+def test_only_a_few_errors_are_listed(tiny_model_dir: Path) -> None:
+    result = invoke(tiny_model_dir, *[""] * 7, "abc")
+    assert result.stderr.splitlines() == [
+        *(f"k2dist: prompt {number}: prompt: empty; give at least one token" for number in range(1, 6)),
+        "k2dist: 7 of 8 prompts have an error; of the others see their lines",
+    ]
+
+
+def test_any_field_of_sampling_is_an_option(tiny_model_dir: Path) -> None:
+    """What has no option of its own; it also wins over those, as a line's own sampling wins over both."""
+    said = json.dumps({"logit_bias": {"120": 100}, "max_tokens": 2, "prompt_logprobs": 1})
+    options = ["--sampling", said, "--jsonl", "-"]
+    asks = [{"prompt": "abc"}, {"prompt": "abc", "sampling": {"max_tokens": 3, "logit_bias": {}}}]
+    result = invoke(tiny_model_dir, *options, stdin="\n".join(map(json.dumps, asks)))
+    assert result.exit_code == 0
+    biased, plain = lines(result.stdout)
+    assert biased["token_ids"] == [120, 120]
+    assert len(plain["token_ids"]) == 3
+    assert plain["token_ids"] != [120] * 3
+    assert len(plain["prompt_logprobs"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -122,6 +148,9 @@ def test_a_wrong_line_fails_alone(tiny_model_dir: Path, line: str, field: str) -
         ["abc", "--out", "no such directory/answers"],
         ["abc", "--top-p", "2"],
         ["abc", "--n", "0"],
+        ["abc", "--sampling", "{"],
+        ["abc", "--sampling", '{"heat": 1}'],
+        ["abc", "--sampling", '{"min_p": 2}'],
         ["abc", "--lanes", "0"],
         ["abc", "--tp", "3"],
     ],

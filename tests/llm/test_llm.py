@@ -105,6 +105,17 @@ def test_logprobs_of_output_and_prompt(llm: LLM) -> None:
     assert all(len(one.top) == 1 for one in output.prompt_logprobs)
 
 
+def test_what_runs_out_of_time_keeps_what_it_has(llm: LLM) -> None:
+    endless = SamplingParams(n=2, temperature=0.0, ignore_eos=True, timeout_s=0.3)
+    late, short = llm.generate(["abc", "abc"], [endless, GREEDY])
+    assert [output.finish_reason for output in late.outputs] == ["timeout", "timeout"]
+    assert late.error is None
+    assert 0 < late.usage.completion_tokens < 2 * (PAGE_TOKENS * NUM_PAGES - 3)
+    assert late.token_ids[:4] == short.token_ids
+    assert short.finish_reason == "length"
+    assert all_pages_are_home(llm)
+
+
 def test_seeds_are_drawn_from_the_models_seed_in_order(tiny_model_dir: Path) -> None:
     sampling = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True)
     drawn = []
@@ -123,6 +134,18 @@ def test_a_bar_is_shown_when_asked_for_or_on_a_terminal(llm: LLM, capsys: pytest
     llm.generate(["a", "", "b"], GREEDY, progress=True)
     out, err = capsys.readouterr()
     assert (out, "3/3" in err, "tokens/s" in err) == ("", True, True)
+
+
+def test_loading_is_shown_when_asked_for(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "FORCE_COLOR", "1"
+    )  # elsewhere a transient bar shows nothing
+    with LLM(tiny_model_dir, lanes=2, progress=True):
+        out, err = capsys.readouterr()
+    assert out == ""
+    assert "rank 2 of 2 tested" in err
 
 
 # -- what cannot be answered --------------------------------------------------------------------------

@@ -36,6 +36,10 @@ from k2dist.scheduler import PartialSampling
         ({"logprobs": 21}, "sampling.logprobs"),
         ({"prompt_logprobs": -1}, "sampling.prompt_logprobs"),
         ({"n": 0}, "sampling.n"),
+        ({"timeout_s": 0}, "sampling.timeout_s"),
+        ({"timeout_s": float("nan")}, "sampling.timeout_s"),
+        ({"timeout_s": "1"}, "sampling.timeout_s"),
+        ({"timeout_s": True}, "sampling.timeout_s"),
         ({"n": True}, "sampling.n"),
     ],
 )
@@ -53,7 +57,7 @@ def test_a_stop_string_need_not_be_a_list() -> None:
 
 
 def test_every_field_of_the_service_is_here() -> None:
-    names = {*SamplingParams.__struct_fields__} - {"n"}
+    names = {*SamplingParams.__struct_fields__} - {"n", "timeout_s"}
     assert names == {*PartialSampling.__struct_fields__} == {*Sampling.__struct_fields__}
 
 

@@ -106,5 +106,5 @@ def test_bytes_on_the_wire_are_these(message: Message, wire: str) -> None:
 
 def test_every_scalar_of_sampling_can_be_absent() -> None:
     fields = [f for f in pb.Sampling.DESCRIPTOR.fields if not f.is_repeated]
-    assert len(fields) == 12
+    assert len(fields) == 13
     assert all(f.has_presence for f in fields)

@@ -18,6 +18,7 @@ from k2dist.messages import (
     AdmitReply,
     Event,
     EventBatch,
+    Grant,
     LaneLoad,
     LiveRequest,
     NewSequence,
@@ -149,7 +150,14 @@ class FakeLane:
             seq_ids=tuple(sampled),
             token_ids=tuple(tokens),
             logprobs=tuple(logprobs),
+            prompt_logprobs=tuple(self._scores(grant) for grant in plan.grants if grant.scores),
         )
+
+    def _scores(self, grant: Grant) -> tuple[TokenLogprob, ...]:
+        """Of the prompt tokens after the granted positions: -1 less a hundredth of the token."""
+        prompt = self._sequences[grant.seq_id][0].prompt
+        tokens = prompt[grant.start + 1 : grant.start + grant.num_tokens + 1]
+        return tuple(TokenLogprob(token_id=token, logprob=-1.0 - token / 100) for token in tokens)
 
     def _next(self, seq_id: SeqId) -> int:
         new, generated = self._sequences[seq_id]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2dist.ids import RequestId
-from k2dist.messages import Event, FinishReason, Usage
-from k2dist.service.answer import Answer, OutputEvent
-from k2dist.service.answer_events import AnswerEnd, Delta, Failed, Finished
+from k2dist.messages import Event, FinishReason, TokenLogprob, Usage
+from k2dist.service.answer import PIECE_TOKENS, Answer, OutputEvent
+from k2dist.service.answer_events import AnswerEnd, Delta, Failed, Finished, PromptLogprobs
 from k2dist.service.whole_answer import WholeAnswer
 from k2dist.text.tokenizer import IM_END, K2_SPECIALS, Tokenizer
 from tests.service.test_generate import WEATHER, call_tokens
@@ -47,6 +47,32 @@ def events(
         error=error,
     )
     return [*pieces, last]
+
+
+def test_a_long_tail_comes_in_pieces_that_join_to_it() -> None:
+    """100,000 tokens with 20 rivals each would not fit into a message."""
+    num_known, num_tokens, num_prompt = 7, 10_000, 9_000
+    logprobs = [TokenLogprob(token_id=i % 256, logprob=-float(i)) for i in range(num_tokens)]
+    tail = Event(
+        request_id=RequestId("r"),
+        output_index=0,
+        first_index=5,
+        token_ids=tuple(i % 256 for i in range(num_tokens)),
+        logprobs=tuple(logprobs[num_known:]),
+        prompt_logprobs=tuple(logprobs[:num_prompt]),
+        first_prompt_index=3,
+    )
+    shown = Answer(TOKENIZER).push(tail)
+    scores = [event for event in shown if isinstance(event, PromptLogprobs)]
+    deltas = [event for event in shown if isinstance(event, Delta)]
+    assert len(scores) == len(deltas) == 3
+    assert [event.first_index for event in scores] == [3, 3 + PIECE_TOKENS, 3 + 2 * PIECE_TOKENS]
+    assert [one for event in scores for one in event.logprobs] == logprobs[:num_prompt]
+    assert [event.first_index for event in deltas] == [5, 5 + PIECE_TOKENS, 5 + 2 * PIECE_TOKENS]
+    assert tuple(i for event in deltas for i in event.token_ids) == tail.token_ids
+    assert [len(event.token_ids) - len(event.logprobs) for event in deltas] == [num_known, 0, 0]
+    assert tuple(one for event in deltas for one in event.logprobs) == tail.logprobs
+    assert [bool(event.text) for event in deltas] == [False, False, True]
 
 
 def read(answer: Answer, pieces: list[Event]) -> list[OutputEvent]:

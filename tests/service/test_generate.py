@@ -6,9 +6,11 @@ import asyncio
 import string
 
 from k2dist.messages import ChatMessage
-from k2dist.service.answer_events import Accepted, AnswerEnd, AnswerEvent, Delta, Finished
+from k2dist.scheduler import Limits
+from k2dist.service.answer_events import Accepted, AnswerEnd, AnswerEvent, Delta, Finished, PromptLogprobs
 from k2dist.service.client import AsyncClient
-from k2dist.service.client_request import Chat, ClientRequest, PartialSampling
+from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
+from k2dist.service.whole_answer import WholeAnswer
 from k2dist.text.tokenizer import (
     CALL_ARGUMENTS,
     CALL_BEGIN,
@@ -150,6 +152,51 @@ async def test_logprobs_come_with_their_tokens(serve: Serve, tokenizer: Tokenize
     logprobs = [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
     assert [logprob.token_id for logprob in logprobs] == tokens_of(events)
     assert logprobs[0].top == ((ord("y"), -0.5), (ord("z"), -1.5))
+
+
+async def test_logprobs_of_the_prompt_come_first_and_again_with_resume(
+    serve: Serve, tokenizer: Tokenizer
+) -> None:
+    """The prompt is longer than a chunk, so there are several events; a reader gets each once, in order."""
+    prompt = "abcdefghijklmnopqrstuvw" * 10
+    request = ClientRequest(
+        prompt=prompt,
+        request_id="scored",
+        num_outputs=2,
+        sampling=PartialSampling(prompt_logprobs=0, max_tokens=3),
+    )
+    lane = FakeLane(tokenizer, step_s=0.002, limits=Limits(step_tokens=64, chunk_tokens=64, max_running=8))
+    async with serve(lane) as client:
+        events = await collect(client, request)
+        again = [event async for event in client.resume("scored", [Position(output_index=0, token_index=2)])]
+    for read in (events, again):
+        scores = [event for event in read if isinstance(event, PromptLogprobs)]
+        first_index = 1
+        for each in scores:
+            assert each.first_index == first_index
+            first_index += len(each.logprobs)
+        assert [one.token_id for each in scores for one in each.logprobs] == list(prompt[1:].encode())
+        first = next(i for i, e in enumerate(read) if isinstance(e, Delta) and e.output_index == 0)
+        assert all(read.index(each) < first for each in scores)
+    assert len([event for event in events if isinstance(event, PromptLogprobs)]) > 1, "they stream"
+    whole = WholeAnswer()
+    for event in events:
+        whole.add(event)
+    assert whole.prompt_logprobs[0].logprob == -1.0 - ord("b") / 100
+    assert whole.text == "xyz"
+    assert isinstance(events[0], Accepted)
+    assert events[0].sampling.prompt_logprobs == 0
+
+
+async def test_who_takes_too_long_ends_with_what_it_has(serve: Serve, tokenizer: Tokenizer) -> None:
+    endless = FakeLane(tokenizer, script=lambda _: [ord("a")] * 500, step_s=0.01)
+    async with serve(endless) as client:
+        events = await collect(client, ClientRequest(prompt="b", timeout_s=0.2, num_outputs=2))
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert [end.reason for end in ends] == [AnswerEnd.TIMEOUT] * 2
+    for output_index, end in enumerate(sorted(ends, key=lambda end: end.output_index)):
+        assert end.usage.completion_tokens == len(tokens_of(events, output_index)) > 0
+    assert endless.num_pages_used == 0
 
 
 async def test_a_character_in_pieces_comes_whole(serve: Serve, tokenizer: Tokenizer) -> None:

@@ -75,9 +75,12 @@ REFUSED: list[tuple[str, pb.GenerateRequest]] = [
     ("sampling.stop", sampling(stop=["a"] * 65)),
     ("sampling.stop_token_ids[0]", sampling(stop_token_ids=[512])),
     ("sampling.logprobs", sampling(logprobs=21)),
-    # Fields of some later schema: GenerateRequest 20 (a grammar), Sampling 16, Chat 3.
+    ("sampling.prompt_logprobs", sampling(prompt_logprobs=21)),
+    ("timeout_s", pb.GenerateRequest(text="a", timeout_s=0.0)),
+    ("timeout_s", pb.GenerateRequest(text="a", timeout_s=float("inf"))),
+    # Fields of some later schema: GenerateRequest 20 (a grammar), Sampling 17, Chat 3.
     ("GenerateRequest", pb.GenerateRequest.FromString(b"\x1a\x01a\xa0\x01\x01")),
-    ("sampling", pb.GenerateRequest(text="a", sampling=pb.Sampling.FromString(b"\x80\x01\x01"))),
+    ("sampling", pb.GenerateRequest(text="a", sampling=pb.Sampling.FromString(b"\x88\x01\x01"))),
     ("chat", pb.GenerateRequest(chat=pb.Chat.FromString(b"\x18\x01"))),
 ]  # fmt: skip
 

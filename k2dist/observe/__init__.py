@@ -1,0 +1,1 @@
+"""What a run says of itself, as plain objects that are handed down; nothing here measures a clock."""

@@ -1,0 +1,35 @@
+"""What ranks are doing before they are ready, and how many bytes of it are done. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from k2dist.messages import RankProgress
+from k2dist.observe.pace import Pace
+
+
+class Work(NamedTuple):
+    """What is being done, and how many bytes of it."""
+
+    what: str
+    done: int
+    total: int
+
+
+def work_of(ranks: Iterable[RankProgress]) -> Work:
+    """Of all ranks together: loading until all have loaded, then testing."""
+    ranks = tuple(ranks)
+    total = sum(rank.num_bytes for rank in ranks)
+    loaded = sum(rank.num_bytes_loaded for rank in ranks)
+    if loaded < total:
+        return Work("loaded", loaded, total)
+    return Work("tested", sum(rank.num_bytes_tested for rank in ranks), total)
+
+
+def work_line(work: Work, pace: Pace) -> str:
+    """The rate and the time left once they can be told."""
+    unit, size, digits = ("GB", 1e9, 2) if work.total >= 1e9 else ("MB", 1e6, 1)
+    text = f"{work.what} {work.done / size:.{digits}f} of {work.total / size:.{digits}f} {unit}"
+    rate, eta_s = pace.per_s, pace.eta_s(work.total)
+    return text if rate is None or eta_s is None else f"{text}, {rate / 1e9:.2f} GB/s, {eta_s:.0f} s left"
