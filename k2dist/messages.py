@@ -45,6 +45,56 @@ class ChatMessage(Message, frozen=True, kw_only=True):
     tool_call_id: str | None = None
 
 
+class JsonSchema(Message, frozen=True, kw_only=True, tag="json_schema"):
+    """JSON that satisfies a schema. `schema`: JSON text; properties come in its order."""
+
+    schema: str
+
+
+class JsonObject(Message, frozen=True, kw_only=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class Regex(Message, frozen=True, kw_only=True, tag="regex"):
+    """The whole answer matches `pattern`, in the syntax of Rust's regex crate, without look-around."""
+
+    pattern: str
+
+
+class Choice(Message, frozen=True, kw_only=True, tag="choice"):
+    """The answer is one of `choices`, to the letter."""
+
+    choices: tuple[str, ...]
+
+
+class Lark(Message, frozen=True, kw_only=True, tag="lark"):
+    """EBNF: a context-free grammar in llguidance's form of Lark's syntax, with a rule `start`."""
+
+    grammar: str
+
+
+TextConstraint = JsonSchema | JsonObject | Regex | Choice | Lark
+
+
+class CallableTool(Message, frozen=True, kw_only=True):
+    """`parameters`: the JSON schema of a call's arguments, as JSON text; None: any JSON object."""
+
+    name: str
+    parameters: str | None = None
+
+
+class ToolCalls(Message, frozen=True, kw_only=True, tag="tool_calls"):
+    """Tool calls in K2's form: a call names one of `tools` and its arguments satisfy that tool's schema."""
+
+    tools: tuple[CallableTool, ...]
+    is_required: bool = False  # the answer begins with a call; else with text, and there may be none
+    max_calls: int | None = None  # None: as many as the model likes
+    text: TextConstraint | None = None  # what an answer without calls must be; None: any text, calls after it
+
+
+Constraint = JsonSchema | JsonObject | Regex | Choice | Lark | ToolCalls
+
+
 class Sampling(Message, frozen=True, kw_only=True):
     """Resolved sampling of one request: every field has a value, the seed included."""
 
@@ -64,6 +114,7 @@ class Sampling(Message, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; n: the sampled token and the n likeliest
     prompt_logprobs: int | None = None  # as `logprobs`, of each prompt token but the first; with output 0
+    constraint: Constraint | None = None  # what the answer must be; enforced token by token
 
 
 class Request(Message, frozen=True, kw_only=True):

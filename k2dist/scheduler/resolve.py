@@ -9,7 +9,7 @@ import msgspec
 
 from k2dist.config.generation_config import SamplingDefaults
 from k2dist.errors import RequestError
-from k2dist.messages import Message, Sampling
+from k2dist.messages import Constraint, Message, Sampling
 from k2dist.scheduler.bounds import check_sampling
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class PartialSampling(Message, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None  # of the text; a conversation's tools join it
 
 
 def resolve_sampling(
@@ -71,6 +72,7 @@ def resolve_sampling(
         ignore_eos=_first(said.ignore_eos, False),
         logprobs=said.logprobs,
         prompt_logprobs=said.prompt_logprobs,
+        constraint=said.constraint,
     )
     check_sampling(resolved, vocab_size)
     if resolved.max_tokens > room:

@@ -11,8 +11,18 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist.errors import RequestError
-from k2dist.messages import ChatMessage, ToolCall
+from k2dist.messages import (
+    ChatMessage,
+    Choice,
+    Constraint,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    Regex,
+    ToolCall,
+)
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
+from k2dist.text.chat import ToolChoice, ToolMode
 
 _SCALARS = (  # the optional ones: ListFields has those that the client set, zeros too
     "temperature",
@@ -30,6 +40,13 @@ _SCALARS = (  # the optional ones: ListFields has those that the client set, zer
     "prompt_logprobs",
 )
 
+_MODES: dict[int, ToolMode] = {
+    pb.ToolChoice.MODE_AUTO: "auto",
+    pb.ToolChoice.MODE_NONE: "none",
+    pb.ToolChoice.MODE_REQUIRED: "required",
+    pb.ToolChoice.MODE_NAMED: "named",
+}
+
 
 def read_request(message: pb.GenerateRequest) -> ClientRequest:
     """What the message asks; RequestError for no input, a malformed tool, or a field this version has not."""
@@ -37,7 +54,7 @@ def read_request(message: pb.GenerateRequest) -> ClientRequest:
     refuse_unknown(message.sampling, "sampling")
     return ClientRequest(
         prompt=_read_prompt(message),
-        sampling=read_sampling(message.sampling),
+        sampling=read_sampling(message.sampling, _read_constraint(message)),
         request_id=message.request_id if message.HasField("request_id") else None,
         num_outputs=message.num_outputs if message.HasField("num_outputs") else 1,
         tenant=message.tenant,
@@ -60,7 +77,25 @@ def _read_prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Chat:
             raise RequestError("input", "missing; give one of text, token_ids and chat")
 
 
-def read_sampling(message: pb.Sampling) -> PartialSampling:
+def _read_constraint(message: pb.GenerateRequest) -> Constraint | None:
+    match message.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(schema=message.json_schema)
+        case "json_object":
+            refuse_unknown(message.json_object, "json_object")
+            return JsonObject()
+        case "regex":
+            return Regex(pattern=message.regex)
+        case "choice":
+            refuse_unknown(message.choice, "choice")
+            return Choice(choices=tuple(message.choice.choices))
+        case "lark":
+            return Lark(grammar=message.lark)
+        case _:
+            return None
+
+
+def read_sampling(message: pb.Sampling, constraint: Constraint | None = None) -> PartialSampling:
     given: dict[str, Any] = {
         field.name: value for field, value in message.ListFields() if field.name in _SCALARS
     }
@@ -69,6 +104,7 @@ def read_sampling(message: pb.Sampling) -> PartialSampling:
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        constraint=constraint,
     )
 
 
@@ -77,7 +113,17 @@ def read_chat(chat: pb.Chat) -> Chat:
     return Chat(
         messages=tuple(_read_message(index, message) for index, message in enumerate(chat.messages)),
         tools=tuple(_read_tool(f"chat.tools[{index}]", tool) for index, tool in enumerate(chat.tools)),
+        tool_choice=_read_choice(chat.tool_choice),
     )
+
+
+def _read_choice(choice: pb.ToolChoice) -> ToolChoice:
+    refuse_unknown(choice, "chat.tool_choice")
+    mode = _MODES.get(choice.mode)
+    if mode is None:
+        raise RequestError("chat.tool_choice.mode", f"{choice.mode} is unknown here; use a newer server")
+    parallel = choice.parallel if choice.HasField("parallel") else True
+    return ToolChoice(mode=mode, name=choice.name, is_parallel=parallel)
 
 
 def read_positions(positions: Iterable[pb.Position]) -> tuple[Position, ...]:
@@ -111,6 +157,8 @@ def _read_tool(field: str, tool: pb.Tool) -> dict[str, Any]:
             if tool.function.HasField("parameters_json"):
                 parameters = _read_object(f"{field}.function.parameters_json", tool.function.parameters_json)
                 function["parameters"] = parameters
+            if tool.function.HasField("strict"):
+                function["strict"] = tool.function.strict
             return {"type": "function", "function": function}
         case _:
             raise RequestError(field, "empty; give function or json")
@@ -153,7 +201,26 @@ def write_request(request: ClientRequest) -> pb.GenerateRequest:
         message.chat.CopyFrom(write_chat(request.prompt))
     else:
         message.token_ids.CopyFrom(pb.TokenIds(ids=request.prompt))
+    _write_constraint(message, request.sampling.constraint)
     return message
+
+
+def _write_constraint(message: pb.GenerateRequest, constraint: Constraint | None) -> None:
+    match constraint:
+        case None:
+            return
+        case JsonSchema(schema=schema):
+            message.json_schema = schema
+        case JsonObject():
+            message.json_object.SetInParent()
+        case Regex(pattern=pattern):
+            message.regex = pattern
+        case Choice(choices=choices):
+            message.choice.CopyFrom(pb.Choice(choices=choices))
+        case Lark(grammar=grammar):
+            message.lark = grammar
+        case _:
+            raise RequestError("sampling.constraint", "tools go with the conversation: see Chat")
 
 
 def write_sampling(sampling: PartialSampling) -> pb.Sampling:
@@ -167,7 +234,10 @@ def write_sampling(sampling: PartialSampling) -> pb.Sampling:
 
 def write_chat(chat: Chat) -> pb.Chat:
     tools = [pb.Tool(json=json.dumps(tool, ensure_ascii=False)) for tool in chat.tools]
-    return pb.Chat(messages=map(_write_message, chat.messages), tools=tools)
+    choice = chat.tool_choice
+    mode = next(number for number, mode in _MODES.items() if mode == choice.mode)
+    written = pb.ToolChoice(mode=mode, name=choice.name or None, parallel=choice.is_parallel)  # type: ignore[arg-type]
+    return pb.Chat(messages=map(_write_message, chat.messages), tools=tools, tool_choice=written)
 
 
 def _write_message(message: ChatMessage) -> pb.ChatMessage:

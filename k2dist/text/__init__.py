@@ -3,7 +3,7 @@
 Pure: values in, values out. `Tokenizer.load` alone reads files.
 """
 
-from k2dist.text.chat import DEFAULT_SYSTEM, Chat, encode_chat, render, render_text
+from k2dist.text.chat import DEFAULT_SYSTEM, Chat, ToolChoice, encode_chat, render, render_text
 from k2dist.text.output import OutputReader
 from k2dist.text.stream import Passed, Released, StopGate, StopStrings, Utf8Stream
 from k2dist.text.tokenizer import Fragment, Tokenizer, end_token_ids
@@ -37,6 +37,7 @@ __all__ = [
     "StopStrings",
     "Tokenizer",
     "ToolCallParser",
+    "ToolChoice",
     "Tools",
     "Utf8Stream",
     "collect",

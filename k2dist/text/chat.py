@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from k2dist.errors import RequestError
 from k2dist.messages import ChatMessage, Message, ToolCall
@@ -38,11 +38,23 @@ DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 _ROLE_MARKS = {"user": IM_USER, "assistant": IM_ASSISTANT}
 
 
+ToolMode = Literal["auto", "none", "required", "named"]
+
+
+class ToolChoice(Message, frozen=True, kw_only=True):
+    """Whether the answer calls tools. `name`: with "named", the one tool that it calls, once."""
+
+    mode: ToolMode = "auto"
+    name: str = ""
+    is_parallel: bool = True  # False: one call at most
+
+
 class Chat(Message, frozen=True, kw_only=True):
     """A conversation that the assistant is to continue. `tools`: JSON objects just as sent."""
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
 
     @property
     def num_calls(self) -> int:

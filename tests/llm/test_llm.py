@@ -139,9 +139,7 @@ def test_a_bar_is_shown_when_asked_for_or_on_a_terminal(llm: LLM, capsys: pytest
 def test_loading_is_shown_when_asked_for(
     tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "FORCE_COLOR", "1"
-    )  # elsewhere a transient bar shows nothing
+    monkeypatch.setenv("FORCE_COLOR", "1")  # elsewhere a transient bar shows nothing
     with LLM(tiny_model_dir, lanes=2, progress=True):
         out, err = capsys.readouterr()
     assert out == ""
