@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 
 from k2dist.bench.scheduler import CASES, NUM_STEPS
@@ -60,7 +61,9 @@ def latency(
 
     if ray_address() is not None:
         raise UsageError("RAY_ADDRESS is set, and this measures a Ray of its own; unset it")
-    world = prepare_world(load_cluster(config), model, "127.0.0.1:0", is_here=True)
+    given = load_cluster(config)
+    given = replace(given, service=replace(given.service, http=None))  # a gateway is measured by itself
+    world = prepare_world(given, model, "127.0.0.1:0", is_here=True)
     with stage_bar(num_notes(samples), is_quiet=as_json) as (stage, note):
         found = measure(world, num_samples=samples, window_s=window, stage=stage, note=note)
     if as_json:

@@ -119,7 +119,7 @@ def test_every_quantity_says_its_unit() -> None:
     """Numbers are counts (plural or a total), or end in their unit."""
     units = ("_s", "_bytes", "_tokens", "_cpus", "_gpus", "_ranks")
     counts = {"lanes", "tp", "threads", "num_pages", "max_running", "max_waiting", "num_cpus", "max_queued"}
-    counts |= {"slots_per_rank", "num_nodes"}
+    counts |= {"slots_per_rank", "num_nodes", "prefill_every"}
 
     def numbers(section: type[msgspec.Struct]) -> list[str]:
         names: list[str] = []

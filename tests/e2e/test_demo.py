@@ -30,7 +30,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def kept() -> Iterator[Kept]:
     """A demo that was left serving; it is stopped, and nothing of it stays."""
-    with Command("demo", "--grpc", "127.0.0.1:0", "--keep", "--json") as command:
+    with Command("demo", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--keep", "--json") as command:
         report = command.line()
         pss_bytes = sum(process.memory_full_info().pss for process in command.living())
         assert command.wait() == 0, command.errors()
@@ -82,7 +82,7 @@ def test_twenty_held_out_weather_questions_over_grpc(kept: Kept) -> None:
 
 def test_a_second_cluster_of_the_name_is_refused_at_once(kept: Kept) -> None:
     """Its record could not be told from the first one's."""
-    with Command("demo", "--grpc", "127.0.0.1:0") as command:
+    with Command("demo", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0") as command:
         assert command.wait() == 1
         assert command.note_tree() == set(), "something was started"
         assert f"'laptop' is running already, at {kept.report['address']}" in command.error_line()
