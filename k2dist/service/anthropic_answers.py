@@ -61,7 +61,7 @@ class AnthropicStream:
         frames: list[Frame] = []
         if delta.text:
             frames += self._begin("t", {"type": "text", "text": ""}) if self._open != "t" else ()
-            frames.append(self._piece({"type": "text_delta", "text": delta.text}))
+            frames.append(self._piece("text_delta", "text", delta.text))
         for call in delta.tool_calls:
             frames += self._call(call)
         num_tokens = len(delta.token_ids)
@@ -77,7 +77,7 @@ class AnthropicStream:
             block = {"type": "tool_use", "id": call.id, "name": call.name or "", "input": {}}
             yield from self._begin("u", block)
         if call.arguments:
-            yield self._piece({"type": "input_json_delta", "partial_json": call.arguments})
+            yield self._piece("input_json_delta", "partial_json", call.arguments)
 
     def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[Frame]:
         yield from self._close()
@@ -86,8 +86,9 @@ class AnthropicStream:
         if self._index == 0:
             yield _frame("ping")
 
-    def _piece(self, piece: dict[str, Any]) -> Frame:
-        return _frame("content_block_delta", index=self._index, delta=piece)
+    def _piece(self, kind: str, name: str, text: str) -> Frame:
+        frame = _frame("content_block_delta", index=self._index, delta={"type": kind, name: text})
+        return frame._replace(piece=("delta", name))
 
     def _close(self) -> Iterator[Frame]:
         if self._open != "n":

@@ -20,8 +20,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 # The wire's unsigned field, so that a number too large is a refusal and not a fault of the protocol.
 Uint32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_MAX_FIELD_LENGTH = 200
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _WRONG = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>.*)`$", re.DOTALL)
 
 
@@ -62,4 +63,5 @@ def _refusal(message: str) -> RequestError:
 
 
 def _field(path: str | None, name: str) -> str:
-    return ".".join(part for part in ((path or "").lstrip("."), name) if part)
+    """Where, as the client would write it; not more of it than an error should repeat."""
+    return ".".join(part for part in ((path or "").lstrip("."), name) if part)[:_MAX_FIELD_LENGTH]

@@ -86,10 +86,13 @@ def rename_field(error: K2Error, names: dict[str, str]) -> K2Error:
     if not isinstance(error, RequestError):
         return error
     field = error.field.removeprefix("sampling.").removeprefix("chat.")
-    head = field.partition("[")[0].partition(".")[0]
-    if head == "model":
+    if field == "model":
         return UnknownModelError(field, error.message)
-    return type(error)(names.get(head, head) + field[len(head) :], error.message)
+    for ours, theirs in names.items():
+        if field == ours or field.startswith((f"{ours}[", f"{ours}.")):
+            field = theirs + field.removeprefix(ours)
+            break
+    return type(error)(field, error.message)
 
 
 def _row(error: K2Error) -> Row:

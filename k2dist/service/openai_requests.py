@@ -37,7 +37,7 @@ HARMLESS = frozenset(
 )
 # Ours -> theirs, for refusals that come from the coordinator.
 CHAT_FIELDS = {"num_outputs": "n", "prompt": "messages"}
-COMPLETION_FIELDS = {"num_outputs": "n", "token_ids": "prompt"}
+COMPLETION_FIELDS = {"num_outputs": "n", "token_ids.ids": "prompt"}
 
 
 class OpenAIAsked(Message, frozen=True, kw_only=True):

@@ -2,14 +2,13 @@
 
     id: request:output:token:part
 
-`token` tokens of the output are shown, and `part` events more that were made after them (the beginning, what
-one delta gave besides its last event, the end). With several outputs there is one such triple for each,
-joined by ";". Nothing has to be remembered: Resume from `token` gives the same events again, however the
-tokens are cut into deltas now, and the first `part` of them are passed over.
+`token` tokens of the output are shown, and `part` of what comes after them: the beginning, what one delta
+gave besides its last event, the end. With several outputs there is one such triple for each, joined by ";".
+Nothing has to be remembered: Resume from `token` gives the same again, and the first `part` of it is
+passed over.
 
-Why the same: what a delta shows depends on its tokens alone. Read on from the same token, a shorter and a
-longer delta begin with the same events; they can differ from the shorter one's last event on, and whoever
-has seen that has all of its tokens.
+The tokens may be cut into deltas in other places then, and so the events' text too. `part` therefore counts
+what does not depend on cuts: characters of such text, and 1 for each other event.
 """
 
 from __future__ import annotations
@@ -31,14 +30,28 @@ _MAX_ID_LENGTH = 8192
 
 
 class Frame(NamedTuple):
-    """One event: its JSON, and its name where the API gives names."""
+    """One event: its JSON, and its name where the API gives names. `piece`: two keys to where in the JSON text
+    stands that could as well have come in several events."""
 
     data: Mapping[str, Any]
     event: str | None = None
+    piece: tuple[str, str] | None = None
+
+    @property
+    def size(self) -> int:
+        """What it counts in `Place.part`."""
+        return 1 if self.piece is None else len(self.data[self.piece[0]][self.piece[1]])
+
+    def without(self, num_characters: int) -> Frame:
+        """The event with the first characters of its piece left out."""
+        assert self.piece is not None, "other events are shown whole or not at all"
+        outer, inner = self.piece
+        rest = self.data[outer] | {inner: self.data[outer][inner][num_characters:]}
+        return self._replace(data={**self.data, outer: rest})
 
 
 class Place(NamedTuple):
-    """Where one output stands: tokens shown, events shown since, what a writer must know to go on there."""
+    """Where one output stands: tokens shown, what was shown since, what a writer must know to go on there."""
 
     token: int = 0
     part: int = 0
@@ -65,11 +78,11 @@ class Numbering:
 
     def __init__(self, request_id: str, places: Mapping[int, Place]) -> None:
         self._request_id = request_id
-        self._num_hidden = {index: place.part for index, place in places.items()}
+        self._hidden = {index: place.part for index, place in places.items()}
         self._places = {index: place._replace(part=0) for index, place in places.items()}
 
     def push(self, step: Step) -> Iterator[bytes]:
-        """The step's events that have not been shown."""
+        """Of the step's events what has not been shown."""
         index = step.output_index
         if step.is_opening and self._places.get(index, Place()).token > 0:
             return
@@ -79,12 +92,14 @@ class Numbering:
             if is_last and step.token_after is not None:
                 place = Place(step.token_after, 0, step.state_after)
             else:
-                place = place._replace(part=place.part + 1)
+                place = place._replace(part=place.part + frame.size)
             self._places[index] = place
-            if self._num_hidden.get(index, 0) > 0:
-                self._num_hidden[index] -= 1
-            else:
-                yield write_frame(frame, write_id(self._request_id, self._places))
+            num_hidden = min(self._hidden.get(index, 0), frame.size)
+            if num_hidden > 0:
+                self._hidden[index] -= num_hidden
+            if num_hidden < frame.size:
+                shown = frame.without(num_hidden) if num_hidden > 0 else frame
+                yield write_frame(shown, write_id(self._request_id, self._places))
 
 
 def write_frame(frame: Frame, event_id: str | None = None) -> bytes:
