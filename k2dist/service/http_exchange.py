@@ -210,7 +210,9 @@ async def _merged(
         num_open, has_begun = len(streams), False
         while num_open > 0:
             try:
-                item = await asyncio.wait_for(queue.get(), HEARTBEAT_S)
+                # Not wait_for: in Python 3.11 it can swallow the cancellation of a client that left.
+                async with asyncio.timeout(HEARTBEAT_S):
+                    item = await queue.get()
             except TimeoutError:
                 for task in pumps:
                     if task.done():

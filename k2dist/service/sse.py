@@ -30,8 +30,8 @@ _MAX_ID_LENGTH = 8192
 
 
 class Frame(NamedTuple):
-    """One event: its JSON, and its name where the API gives names. `piece`: two keys to where in the JSON text
-    stands that could as well have come in several events."""
+    """One event: its JSON, and its name where the API gives names. `piece`: two keys to text in the JSON that
+    could as well have come in several events."""
 
     data: Mapping[str, Any]
     event: str | None = None
