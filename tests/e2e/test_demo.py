@@ -1,4 +1,4 @@
-"""`k2dist demo` from the command to the exit code, with the committed model; then what it left, by its APIs."""
+"""`k2dist demo` from the command to the exit code, with the committed model; what it left, by its APIs."""
 
 from __future__ import annotations
 

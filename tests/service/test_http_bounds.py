@@ -14,7 +14,9 @@ import pytest
 from msgspec.structs import replace
 
 from k2dist.config.cluster import ClusterConfig
+from k2dist.errors import CapacityError
 from k2dist.service import http_app, http_exchange
+from k2dist.service.http_server import HttpServer
 from k2dist.text.tokenizer import Tokenizer
 from tests.service.fake_lane import FakeLane
 from tests.service.http_clients import HELLO, join_openai, post_stream, read_sse
@@ -125,7 +127,8 @@ async def test_more_requests_than_may_run_are_to_come_again(
         service=replace(config.service, max_queued=1),
         scheduler=replace(config.scheduler, max_running=1),
     )
-    lane = FakeLane(tokenizer, step_s=0.02)
+    lane = FakeLane(tokenizer)
+    lane.admit_gate.clear()  # nothing ends before all is seen
     async with serve_http(lane, changed=small) as server:
         running = [asyncio.ensure_future(server.http.post(CHAT, json={"messages": HELLO})) for _ in range(2)]
         while (await server.coordinator.stats()).num_queued == 0:
@@ -136,6 +139,7 @@ async def test_more_requests_than_may_run_are_to_come_again(
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["code"] == "no_capacity"
         assert overloaded.json()["error"]["type"] == "overloaded_error"
+        lane.admit_gate.set()
         for response in await asyncio.gather(*running):
             assert response.json()["choices"][0]["message"]["content"] == string.ascii_lowercase
         assert (await server.http.post(CHAT, json={"messages": HELLO})).status_code == 200
@@ -158,3 +162,10 @@ async def test_an_answer_that_breaks_off_says_so(serve_http: ServeHttp, tokenize
             assert (events[-1].event, error["type"]) in ((None, "server_error"), ("error", "api_error"))
             assert (await whole).status_code == 503
             assert "lane 0 died" in (await whole).json()["error"]["message"]
+
+
+async def test_a_port_in_use_is_one_clear_line(serve_http: ServeHttp, tokenizer: Tokenizer) -> None:
+    async with serve_http(FakeLane(tokenizer)) as server:
+        address = server.url.removeprefix("http://")
+        with pytest.raises(CapacityError, match=rf"service\.http: cannot listen on {address}"):
+            HttpServer(address)
