@@ -233,6 +233,7 @@ class LaneLoad(Message, frozen=True, kw_only=True):
     num_pages_free: int  # those included that still hold a prefix
     num_tokens_waiting: int = 0  # known tokens of all that wait: what it would have to compute first
     num_pages_cached: int = 0  # free, and of use to a prompt that begins with what they hold
+    num_steps: int = 0  # with grants, committed: it stands still while there is work only if the lane hangs
 
 
 class AdmitReply(Message, frozen=True, kw_only=True):

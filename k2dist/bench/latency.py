@@ -23,6 +23,7 @@ from k2dist.errors import UsageError
 from k2dist.messages import Message
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
+from k2dist.service.gateway_actor import GatewayActor
 
 _QUIET_S = 8.0  # Ray goes on for so long with what a start has begun
 _NUM_WINDOWS = 3
@@ -56,7 +57,9 @@ def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[
             time.sleep(_QUIET_S)
             actors = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
         address = host.process.address
-        with start_cluster(world, CoordinatorActor, ray_address=address, is_detached=False) as cluster:
+        with start_cluster(
+            world, CoordinatorActor, GatewayActor, ray_address=address, is_detached=False
+        ) as cluster:
             status = cluster.await_serving(lambda status: None)
             time.sleep(_QUIET_S)
             idle = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)

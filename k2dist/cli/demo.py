@@ -42,12 +42,13 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Leave it serving; `k2dist stop` ends it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened as one JSON object.")] = False,
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT to listen on.")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of the HTTP gateway.")] = None,
     config: Annotated[Path, typer.Option(help="Another cluster YAML.")] = LAPTOP_CONFIG,
     model: Annotated[Path, typer.Option(help="Another model directory.")] = MODEL_DIR,
 ) -> None:
     """Start a cluster on this machine, talk to its model, and show what ran where."""
     started_s = time.monotonic()
-    world = prepare_world(load_cluster(config), model, grpc, is_here=ray_address() is None)
+    world = prepare_world(load_cluster(config), model, grpc, http, is_here=ray_address() is None)
     talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, TOOL_NAMES),)
     progress = start_progress(is_quiet=as_json)
     try:
@@ -58,6 +59,7 @@ def demo(
             report = DemoReport(
                 cluster=world.config.name,
                 address=status.address,
+                http=status.http,
                 ready_s=ready_s,
                 total_s=time.monotonic() - started_s,
                 talks=reports,

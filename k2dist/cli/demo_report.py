@@ -50,6 +50,7 @@ class RankReport(Message, frozen=True, kw_only=True):
 class DemoReport(Message, frozen=True, kw_only=True):
     cluster: str
     address: str
+    http: str  # of the gateway
     ready_s: float  # from the command to the first question
     total_s: float  # to the last answer
     talks: tuple[TalkReport, ...]
@@ -114,9 +115,10 @@ def print_report(report: DemoReport, console: Console) -> None:
         f"ready after {report.ready_s:.1f} s, last answer after {report.total_s:.1f} s."
     )
     if report.is_left_running:
+        clients = f", or OpenAI and Anthropic clients at http://{report.http}" if report.http else ""
         console.print(
-            f"{report.cluster} serves at {report.address}: try `k2dist chat --address {report.address}`; "
-            f"`k2dist stop --name {report.cluster}` ends it."
+            f"{report.cluster} serves at {report.address}: try `k2dist chat --address {report.address}`"
+            f"{clients}; `k2dist stop --name {report.cluster}` ends it."
         )
 
 

@@ -16,6 +16,7 @@ from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
 from k2dist.errors import CapacityError
 from k2dist.service.coordinator_actor import CoordinatorActor
+from k2dist.service.gateway_actor import GatewayActor
 
 
 @contextmanager
@@ -28,7 +29,9 @@ def launched(
     with interrupts(), ExitStack() as showing:
         showing.enter_context(progress)
         progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
-        with start_cluster(world, CoordinatorActor, ray_address=address, is_detached=is_detached) as cluster:
+        with start_cluster(
+            world, CoordinatorActor, GatewayActor, ray_address=address, is_detached=is_detached
+        ) as cluster:
             interrupts_again()  # Ray has set its own meanwhile
             try:
                 status = cluster.await_serving(progress.show)
@@ -55,6 +58,7 @@ def _record(cluster: Cluster, status: ClusterStatus, *, is_detached: bool) -> Cl
         name=cluster.name,
         ray_address=cluster.ray_address,
         grpc=status.address,
+        http=status.http,
         host=cluster.host.process if cluster.host is not None else None,
         driver=None if is_detached else mark_process(),
     )

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from k2dist.cluster.world import World, plan_world
 from k2dist.config import read_architecture
-from k2dist.config.cluster import ClusterConfig, faults_between, split_address
+from k2dist.config.cluster import ClusterConfig, exposures, faults_between, listen_addresses, split_address
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
 from k2dist.parallel import shard_plans
@@ -17,30 +17,41 @@ from k2dist.planner import check_memory, configured_terms, plan_memory
 from k2dist.text import Tokenizer
 
 
-def prepare_world(config: ClusterConfig, model_dir: Path | None, grpc: str | None, *, is_here: bool) -> World:
-    """The plan of a cluster, checked. `model_dir` and `grpc` of the command line win over the config's; if
-    neither names a model it is the demo's.
+def prepare_world(
+    config: ClusterConfig,
+    model_dir: Path | None,
+    grpc: str | None = None,
+    http: str | None = None,
+    *,
+    is_insecure: bool = False,
+    is_here: bool,
+) -> World:
+    """The plan of a cluster, checked. What the command line says wins over the config; if neither names a
+    model it is the demo's.
 
-    `is_here`: its coordinator will run on this machine, so the port must be free here. Errors: ConfigError,
-    CheckpointError, LayoutError, CapacityError.
+    `is_insecure`: it may listen beyond this machine. `is_here`: its coordinator will run on this machine, so
+    the ports must be free here. Errors: ConfigError, CheckpointError, LayoutError, CapacityError.
     """
-    if grpc is not None:
-        config = replace(config, service=replace(config.service, grpc=grpc))
-        faults = list(faults_between(config))
-        if faults:
-            raise ConfigError("\n".join(f"--grpc: {fault}" for fault in faults))
+    said = {name: address for name, address in (("grpc", grpc), ("http", http)) if address is not None}
+    config = replace(config, service=replace(config.service, **said))
+    faults = list(faults_between(config))
+    if not is_insecure:
+        faults += exposures(config.service)
+    if faults:
+        raise ConfigError("\n".join(faults))
     if model_dir is None:
         model_dir = MODEL_DIR if config.model is None else Path(config.model)
     world = plan_world(config, model_dir)
     terms = configured_terms(config)
     check_memory(plan_memory(read_architecture(model_dir), world.layout, terms), config.cache.num_pages)
     if is_here:
-        check_port(config.service.grpc)
+        for field, address in listen_addresses(config.service):
+            check_port(address, field)
     _check_model(world)
     return world
 
 
-def check_port(address: str) -> None:
+def check_port(address: str, field: str = "grpc") -> None:
     """CapacityError if nobody could listen there. Another may still come first; then the server says so."""
     parts = split_address(address)
     assert parts is not None, "the config was checked"
@@ -53,8 +64,9 @@ def check_port(address: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise CapacityError(
-                f"service.grpc={address}: cannot listen there ({error.strerror}); is another k2dist running? "
-                "End it with `k2dist stop`, or give another address with --grpc, such as 127.0.0.1:0"
+                f"service.{field}={address}: cannot listen there ({error.strerror}); is another k2dist "
+                f"running? End it with `k2dist stop`, or give another address with --{field}, such as "
+                f"127.0.0.1:0"
             ) from error
 
 

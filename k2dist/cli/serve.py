@@ -26,11 +26,22 @@ def serve(
         Path | None, typer.Option(help="Model directory; default: the config's, else the demo's.")
     ] = None,
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT to listen on; default: the config's.")] = None,
+    http: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the HTTP gateway; default: the config's.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Let it listen beyond this machine, without keys.")] = False,
     detach: Annotated[bool, typer.Option(help="Return once it serves; `k2dist stop` ends it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one JSON object.")] = False,
 ) -> None:
     """Bring a cluster up and keep it up: until Ctrl-C, or detached."""
-    world = prepare_world(load_cluster(config), model, grpc, is_here=ray_address() is None)
+    world = prepare_world(
+        load_cluster(config),
+        model,
+        grpc,
+        http,
+        is_insecure=insecure,
+        is_here=ray_address() is None,
+    )
     progress = start_progress(is_quiet=as_json)
     try:
         with launched(world, progress, is_detached=detach) as (cluster, status):
@@ -65,7 +76,8 @@ def _as_text(world: World, status: ClusterStatus, *, is_detached: bool) -> str:
     parallel = world.config.parallel
     layout = f"{parallel.lanes} lanes x tp {parallel.tp}, {world.layout.world_size} ranks"
     end = f"`k2dist stop --name {world.config.name}` ends it." if is_detached else "Ctrl-C ends it."
-    return f"{world.config.name} serves {world.model_dir} at {status.address} ({layout}). {end}"
+    where = f"{status.address} (gRPC)" + (f" and http://{status.http}" if status.http else "")
+    return f"{world.config.name} serves {world.model_dir} at {where} ({layout}). {end}"
 
 
 def _as_json(world: World, status: ClusterStatus) -> str:
@@ -73,6 +85,7 @@ def _as_json(world: World, status: ClusterStatus) -> str:
         "cluster": world.config.name,
         "model": world.model_dir,
         "address": status.address,
+        "http": status.http,
         "ranks": status.ranks,
     }
     return msgspec.json.encode(shown).decode()

@@ -20,6 +20,7 @@ class ClusterRecord(Message, frozen=True, kw_only=True):
     name: str
     ray_address: str
     grpc: str
+    http: str  # empty: it has no gateway
     host: HostProcess | None
     driver: ProcessMark | None
 

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
 from k2dist.cluster.world import World
 from k2dist.config.cluster import ClusterConfig
-from k2dist.errors import K2Error, PeerError
+from k2dist.errors import K2Error
 
 NAME = "coordinator"
+_WHO = "the coordinator"
 _WATCH_S = 1.0  # a dead coordinator is noticed within this
 _CLOSE_S = 2.0  # for ending open streams with a status; then it is killed
 
@@ -59,14 +60,15 @@ class ServiceProcess:
 
     async def open(self) -> str:
         """The address it now listens on. Errors: CapacityError (port in use), PeerError."""
-        answer: str = await self._answer(self._actor.start.remote(), self._world.config.deadlines.start_s)
-        return answer
+        opened = self._actor.start.remote()
+        address: str = await answer(opened, self._world.config.deadlines.start_s, _WHO)
+        return address
 
     async def watch(self) -> K2Error:
         """Return when it has died or hangs, with the reason."""
         while True:
             try:
-                await self._answer(self._actor.address.remote(), self._world.config.deadlines.call_s)
+                await answer(self._actor.address.remote(), self._world.config.deadlines.call_s, _WHO)
             except K2Error as error:
                 return error
             await asyncio.sleep(_WATCH_S)
@@ -75,24 +77,12 @@ class ServiceProcess:
         """Wait until no accepted request is left, or `timeout_s`; a coordinator that is gone has none."""
         with contextlib.suppress(K2Error):
             more_s = self._world.config.deadlines.call_s
-            await self._answer(self._actor.drain.remote(timeout_s), timeout_s + more_s)
+            await answer(self._actor.drain.remote(timeout_s), timeout_s + more_s, _WHO)
 
     async def close(self) -> None:
         """End streams that are open, then the process."""
         if self._actor is None:
             return
         with contextlib.suppress(K2Error):
-            await self._answer(self._actor.stop.remote(), _CLOSE_S)
+            await answer(self._actor.stop.remote(), _CLOSE_S, _WHO)
         ray.kill(self._actor, no_restart=True)
-
-    async def _answer(self, ref: Any, timeout_s: float) -> Any:
-        try:
-            return await asyncio.wait_for(ref, timeout_s)
-        except TimeoutError as error:
-            raise PeerError(f"the coordinator did not answer within {timeout_s:g} s") from error
-        except RayActorError as error:
-            raise PeerError("the coordinator died") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, K2Error):
-                raise error.cause from None
-            raise

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from k2dist.cluster import placement, supervisor
+from k2dist.cluster.gateway_process import Gateway
 from k2dist.cluster.placement import check_capacity
 from k2dist.cluster.ray_host import RayHost, start_host
 from k2dist.cluster.service_process import Service
@@ -105,6 +106,7 @@ class Cluster:
 def start_cluster(
     world: World,
     service: type[Service],
+    gateway: type[Gateway],
     *,
     ray_address: str | None,
     is_detached: bool,
@@ -124,7 +126,7 @@ def start_cluster(
         stack.callback(ray.shutdown)
         join_ray(ray_address, name)
         check_capacity(world)
-        actor = _start_supervisor(world, service, has_lease=not is_detached)
+        actor = _start_supervisor(world, service, gateway, has_lease=not is_detached)
         cluster = Cluster(name, actor, deadlines, host)
         stack.callback(cluster.end, "its driver is done")
         if not is_detached:
@@ -170,12 +172,14 @@ def sweep(namespace: str) -> list[str]:
     return names
 
 
-def _start_supervisor(world: World, service: type[Service], *, has_lease: bool) -> Any:
+def _start_supervisor(
+    world: World, service: type[Service], gateway: type[Gateway], *, has_lease: bool
+) -> Any:
     try:
         return (
             ray.remote(supervisor.Supervisor)
             .options(name=supervisor.NAME, lifetime="detached", num_cpus=0, max_restarts=0)
-            .remote(world, service, has_lease=has_lease)
+            .remote(world, service, gateway, has_lease=has_lease)
         )
     except ValueError as error:  # Ray's only answer to a name that is taken
         raise CapacityError(

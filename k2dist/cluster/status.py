@@ -17,13 +17,15 @@ class RankStatus(Message, frozen=True, kw_only=True):
 
 
 class ClusterStatus(Message, frozen=True, kw_only=True):
-    """`revision` grows with every change. `address` is where the service listens, empty while it does not."""
+    """`revision` grows with every change. `address` is where the service listens, and `http`
+    where its gateway does, empty while it does not."""
 
     revision: int
     phase: str
     generation: Generation
     ranks: tuple[RankStatus, ...]
     address: str = ""
+    http: str = ""
     reason: str = ""  # why it ends, once it does
     is_failure: bool = False  # it ends for another reason than a request to
 

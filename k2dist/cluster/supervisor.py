@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from k2dist.cluster.gateway_process import Gateway, GatewayProcess
 from k2dist.cluster.placement import await_bundles, release, reserve
 from k2dist.cluster.rank_actor import listen_address
 from k2dist.cluster.rank_processes import RankProcesses
@@ -68,17 +69,21 @@ _log = logging.getLogger(__name__)
 class Supervisor:
     """See the module. A Ray actor's class; call `begin` once."""
 
-    def __init__(self, world: World, service: type[Service], *, has_lease: bool) -> None:
+    def __init__(
+        self, world: World, service: type[Service], gateway: type[Gateway], *, has_lease: bool
+    ) -> None:
         self._world = world
         self._table = first_table(
             world.layout.world_size, _deadlines(world), has_lease=has_lease, now_s=time.monotonic()
         )
         self._ranks = RankProcesses(world)
         self._service = ServiceProcess(world, service)
+        self._gateway = GatewayProcess(world, gateway)
         self._group: PlacementGroup | None = None
         self._store: Any = None  # torch's TCPStore of this generation; it serves while it is held
         self._meeting: asyncio.Task[Rendezvous] | None = None
         self._address = ""
+        self._http = ""
         self._service_error = ""
         self._revision = 0
         self._changed = asyncio.Event()
@@ -106,6 +111,7 @@ class Supervisor:
             generation=self._table.generation,
             ranks=tuple(self._rank_status(row.world_rank, row.state) for row in self._table.ranks),
             address=self._address,
+            http=self._http,
             reason=self._service_error or self._table.reason,
             is_failure=self._table.is_failure or bool(self._service_error),
         )
@@ -159,6 +165,7 @@ class Supervisor:
                 self._spawn_event(self._ranks.start(action))
                 if action.world_rank == self._world.layout.world_size - 1:  # its lanes can be named now
                     self._service.create(self._ranks.lanes())
+                    self._gateway.create()
             case LoadRank():
                 self._spawn_event(self._ranks.load(action))
                 self._spawn(self._follow_load(action))
@@ -171,8 +178,8 @@ class Supervisor:
             case DrainService(until_s):
                 self._spawn(self._drain(until_s))
             case CloseService():
-                self._address = ""
-                self._spawn(self._service.close())
+                self._address = self._http = ""
+                self._spawn(self._close_service())
             case StopRank(world_rank):
                 self._ranks.stop(world_rank)
             case KillRank(world_rank):
@@ -221,14 +228,22 @@ class Supervisor:
     async def _open_service(self) -> None:
         """A service that cannot open, or dies, ends the world; the table has no row for it yet."""
         try:
-            self._address = await self._service.open()
+            address = await self._service.open()
+            self._http = await self._gateway.open(address)
         except K2Error as error:
             self._end_without_service(error)
             return
+        self._address = address
         self._note_change()
+        self._spawn(self._gateway.keep(address))
         trouble = await self._service.watch()
         if self._table.phase <= Phase.RUNNING:
             self._end_without_service(trouble)
+
+    async def _close_service(self) -> None:
+        """The gateway first: it is a client of the other."""
+        await self._gateway.close()
+        await self._service.close()
 
     def _end_without_service(self, error: K2Error) -> None:
         self._service_error = str(error)

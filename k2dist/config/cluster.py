@@ -7,6 +7,7 @@ each other are found by `faults_between`; `load.py` reports them together with a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -125,11 +126,13 @@ class RayConfig(Message, frozen=True, kw_only=True):
 
 
 class ServiceConfig(Message, frozen=True, kw_only=True):
-    """The coordinator and its gRPC server."""
+    """The coordinator with its gRPC server, and the HTTP gateway before it."""
 
     grpc: str = (
         "127.0.0.1:50051"  # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network
     )
+    # As `grpc`, for clients of OpenAI's and Anthropic's APIs, health checks and metrics; null: no gateway.
+    http: str | None = "127.0.0.1:8000"
     max_queued: Count = 1024  # requests not yet accepted; more: fewer refusals, longer waits
     queue_s: Seconds = 60.0  # how long one may wait to be accepted before it is refused
     retain_s: Seconds = 60.0  # how long an ended request can be resumed; longer: more memory
@@ -181,11 +184,12 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
             f"deadlines.lease_s={deadlines.lease_s:g}: one late beat would end the cluster; use at least "
             f"{3 * deadlines.lease_beat_s:g}, three times lease_beat_s"
         )
-    if split_address(config.service.grpc) is None:
-        yield (
-            f"service.grpc={config.service.grpc!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
-            f"127.0.0.1:50051"
-        )
+    for name, address in listen_addresses(config.service):
+        if split_address(address) is None:
+            yield (
+                f"service.{name}={address!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
+                f"{'127.0.0.1:50051' if name == 'grpc' else '127.0.0.1:8000'}"
+            )
     world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
     if num_nodes is not None and world_size % num_nodes:
         yield (
@@ -194,6 +198,33 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
         )
     if not config.network.address:
         yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"
+
+
+def listen_addresses(service: ServiceConfig) -> Iterator[tuple[str, str]]:
+    """Field and address of each server."""
+    yield "grpc", service.grpc
+    if service.http is not None:
+        yield "http", service.http
+
+
+def exposures(service: ServiceConfig) -> Iterator[str]:
+    """Servers that others than this machine's users could reach. No keys are asked for yet."""
+    for name, address in listen_addresses(service):
+        parts = split_address(address)
+        if parts is not None and not _is_loopback(parts[0]):
+            yield (
+                f"service.{name}={address!r}: it would serve, without keys, whoever reaches it; listen on "
+                f"127.0.0.1, or say --insecure where the network itself keeps others out"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def split_address(address: str) -> tuple[str, int] | None:

@@ -72,6 +72,7 @@ class Scheduler:
         self._outputs: dict[RequestId, list[Sequence]] = {}  # of requests with an output that goes on
         self._deadlines = Deadlines()
         self._flights: deque[Flight] = deque()  # planned with grants, not committed; two at most
+        self._num_steps = 0  # committed
         self._numbers = count()
 
     # -- requests --------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ class Scheduler:
         assert self._flights, "nothing is planned"
         self._flights[0].check_result(result)
         flight = self._flights.popleft()
+        self._num_steps += 1
         events = _score(flight, result)
         for seq, grant in flight.chunks:
             if seq.end is None and seq.held_len:
@@ -201,6 +203,7 @@ class Scheduler:
             num_pages=self._roster.pool.num_pages,
             num_pages_free=self._roster.pool.num_free,
             num_pages_cached=self._roster.pool.num_idle,
+            num_steps=self._num_steps,
         )
 
     def live(self) -> tuple[Request, ...]:

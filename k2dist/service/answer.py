@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from msgspec.structs import replace
-
 from k2dist.messages import Event, FinishReason, Usage
 from k2dist.service.answer_events import (
     AnswerEnd,
@@ -62,13 +60,12 @@ class Answer:
     def push(self, event: Event) -> tuple[OutputEvent, ...]:
         """Logprobs of the prompt and deltas, as far as there is anything to show, and the terminal event if
         this was the output's last."""
-        parts = self._reader.push(event.token_ids)
-        if event.finish is not None:
-            is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
-            parts += self._reader.finish(is_cut=is_cut)
         events: list[OutputEvent] = []
         events += _prompt_logprobs(event)
-        events += _pieces(_delta(event, parts))
+        events += (_delta(piece, self._reader.push(piece.token_ids)) for piece in _pieces(event))
+        if event.finish is not None:
+            is_cut = event.finish is not FinishReason.STOP or isinstance(event.stop_match, str)
+            events += _tail(event, self._reader.finish(is_cut=is_cut))
         if event.finish is FinishReason.ERROR:
             events.append(_failed(event))
         elif event.finish is not None:
@@ -94,26 +91,34 @@ def _prompt_logprobs(event: Event) -> Iterator[PromptLogprobs]:
         )
 
 
-def _pieces(delta: Delta) -> Iterator[Delta]:
-    """The delta in pieces, of which the last has the text and the calls; none if there is nothing in it."""
-    start, num_tokens = 0, len(delta.token_ids)
-    num_bare = num_tokens - len(delta.logprobs)  # known before the lane had it, and first in the delta
-    while num_tokens - start > PIECE_TOKENS:
+def _pieces(event: Event) -> Iterator[Event]:
+    """The event's tokens, a bounded number at a time; each piece is read by itself, so that an answer can be
+    resumed behind any of them."""
+    num_tokens = len(event.token_ids)
+    num_bare = num_tokens - len(event.logprobs)  # known before the lane had it, and first in the event
+    for start in range(0, num_tokens, PIECE_TOKENS):
         stop = start + PIECE_TOKENS
-        yield Delta(
-            output_index=delta.output_index,
-            first_index=delta.first_index + start,
-            token_ids=delta.token_ids[start:stop],
-            logprobs=delta.logprobs[max(start - num_bare, 0) : max(stop - num_bare, 0)],
+        yield Event(
+            request_id=event.request_id,
+            output_index=event.output_index,
+            first_index=event.first_index + start,
+            token_ids=event.token_ids[start:stop],
+            logprobs=event.logprobs[max(start - num_bare, 0) : max(stop - num_bare, 0)],
         )
-        start = stop
-    if delta.token_ids or delta.text or delta.tool_calls:
-        yield replace(
-            delta,
-            first_index=delta.first_index + start,
-            token_ids=delta.token_ids[start:],
-            logprobs=delta.logprobs[max(start - num_bare, 0) :],
+
+
+def _tail(event: Event, parts: tuple[Part, ...]) -> Iterator[Delta]:
+    """What was held back to the end. Without tokens, and so told from what the last tokens gave: who resumes
+    behind these gets it again."""
+    if parts:
+        end = Event(
+            request_id=event.request_id,
+            output_index=event.output_index,
+            first_index=event.first_index + len(event.token_ids),
         )
+        tail = _delta(end, parts)
+        if tail.text or tail.tool_calls:
+            yield tail
 
 
 def _delta(event: Event, parts: tuple[Part, ...]) -> Delta:

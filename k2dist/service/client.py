@@ -43,6 +43,7 @@ class AsyncClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.spelling: dict[int, bytes] = {}  # of the tokens whose logprobs have come so far
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
@@ -104,6 +105,11 @@ class AsyncClient:
         message = pb.DetokenizeRequest(token_ids=token_ids, skip_special=skip_special)
         return str((await self._call(self._inference.Detokenize, message)).text)
 
+    async def token_bytes(self, token_ids: Sequence[int]) -> bytes:
+        """What `detokenize` makes text of."""
+        message = pb.DetokenizeRequest(token_ids=token_ids)
+        return bytes((await self._call(self._inference.Detokenize, message)).raw)
+
     async def apply_chat_template(
         self, chat: Chat, *, add_generation_prompt: bool = True
     ) -> pb.ApplyChatTemplateResponse:
@@ -122,7 +128,7 @@ class AsyncClient:
         call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
         try:
             async for message in call:
-                event = read_event(message)
+                event = read_event(message, self.spelling)
                 if event is not None:
                     yield event
         except grpc.aio.AioRpcError as error:

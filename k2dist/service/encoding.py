@@ -40,7 +40,7 @@ class Encoder:
         return await self._run(lambda: self._tokenizer.encode(text, allow_special=allow_special))
 
     async def encode_chat(self, chat: Chat) -> list[int]:
-        return await self._run(lambda: encode_chat(self._tokenizer, chat.messages, chat.tools or None))
+        return await self._run(lambda: self._encode_chat(chat, add_generation_prompt=True))
 
     async def check_constraint(self, constraint: Constraint) -> None:
         """RequestError if it cannot be enforced."""
@@ -50,13 +50,25 @@ class Encoder:
         """Ids, and the text that they stand for."""
 
         def both() -> tuple[list[int], str]:
-            tools = chat.tools or None
-            ids = encode_chat(
-                self._tokenizer, chat.messages, tools, add_generation_prompt=add_generation_prompt
+            ids = self._encode_chat(chat, add_generation_prompt=add_generation_prompt)
+            text = render_text(
+                chat.messages,
+                chat.tools or None,
+                add_generation_prompt=add_generation_prompt,
+                is_partial=chat.is_partial,
             )
-            return ids, render_text(chat.messages, tools, add_generation_prompt=add_generation_prompt)
+            return ids, text
 
         return await self._run(both)
+
+    def _encode_chat(self, chat: Chat, *, add_generation_prompt: bool) -> list[int]:
+        return encode_chat(
+            self._tokenizer,
+            chat.messages,
+            chat.tools or None,
+            add_generation_prompt=add_generation_prompt,
+            is_partial=chat.is_partial,
+        )
 
     async def _run(self, job: Callable[[], T]) -> T:
         if self._num_pending >= self._max_pending:

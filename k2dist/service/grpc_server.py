@@ -199,4 +199,5 @@ def _write_load(load: LaneLoad) -> control_pb2.LaneState:
         num_waiting=load.num_waiting,
         num_pages=load.num_pages,
         num_pages_free=load.num_pages_free,
+        num_steps=load.num_steps,
     )

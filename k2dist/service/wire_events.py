@@ -114,17 +114,20 @@ def _write_finished(event: Finished) -> pb.Finished:
     return pb.Finished(output_index=event.output_index, reason=reason, stop_match=stop_match, usage=usage)
 
 
-def read_event(message: pb.GenerateEvent) -> AnswerEvent | None:
-    """None for an event that this client does not know, which is to be passed over."""
+def read_event(message: pb.GenerateEvent, spelling: dict[int, bytes]) -> AnswerEvent | None:
+    """None for an event that this client does not know, which is to be passed over.
+
+    `spelling` is given the bytes of each token that comes with a logprob.
+    """
     match message.WhichOneof("event"):
         case "accepted":
             return _read_accepted(message.accepted)
         case "prompt_logprobs":
             scores = message.prompt_logprobs
-            logprobs = tuple(map(_read_logprob, scores.logprobs))
+            logprobs = tuple(_read_logprob(logprob, spelling) for logprob in scores.logprobs)
             return PromptLogprobs(first_index=scores.first_index, logprobs=logprobs)
         case "delta":
-            return _read_delta(message.delta)
+            return _read_delta(message.delta, spelling)
         case "finished":
             return _read_finished(message.finished)
         case "failed":
@@ -169,7 +172,7 @@ def _read_accepted(message: pb.Accepted) -> Accepted:
     )
 
 
-def _read_delta(message: pb.Delta) -> Delta:
+def _read_delta(message: pb.Delta, spelling: dict[int, bytes]) -> Delta:
     calls = (
         ToolCallDelta(
             index=c.index,
@@ -185,11 +188,13 @@ def _read_delta(message: pb.Delta) -> Delta:
         token_ids=tuple(message.token_ids),
         text=message.text,
         tool_calls=tuple(calls),
-        logprobs=tuple(map(_read_logprob, message.logprobs)),
+        logprobs=tuple(_read_logprob(logprob, spelling) for logprob in message.logprobs),
     )
 
 
-def _read_logprob(message: pb.TokenLogprob) -> TokenLogprob:
+def _read_logprob(message: pb.TokenLogprob, spelling: dict[int, bytes]) -> TokenLogprob:
+    spelling[message.token_id] = message.token
+    spelling.update((rival.token_id, rival.token) for rival in message.top)
     top = tuple((rival.token_id, rival.logprob) for rival in message.top)
     return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
 

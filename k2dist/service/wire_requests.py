@@ -114,6 +114,7 @@ def read_chat(chat: pb.Chat) -> Chat:
         messages=tuple(_read_message(index, message) for index, message in enumerate(chat.messages)),
         tools=tuple(_read_tool(f"chat.tools[{index}]", tool) for index, tool in enumerate(chat.tools)),
         tool_choice=_read_choice(chat.tool_choice),
+        is_partial=chat.partial,
     )
 
 
@@ -237,7 +238,9 @@ def write_chat(chat: Chat) -> pb.Chat:
     choice = chat.tool_choice
     mode = next(number for number, mode in _MODES.items() if mode == choice.mode)
     written = pb.ToolChoice(mode=mode, name=choice.name or None, parallel=choice.is_parallel)  # type: ignore[arg-type]
-    return pb.Chat(messages=map(_write_message, chat.messages), tools=tools, tool_choice=written)
+    return pb.Chat(
+        messages=map(_write_message, chat.messages), tools=tools, tool_choice=written, partial=chat.is_partial
+    )
 
 
 def _write_message(message: ChatMessage) -> pb.ChatMessage:

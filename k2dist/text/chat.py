@@ -50,11 +50,13 @@ class ToolChoice(Message, frozen=True, kw_only=True):
 
 
 class Chat(Message, frozen=True, kw_only=True):
-    """A conversation that the assistant is to continue. `tools`: JSON objects just as sent."""
+    """A conversation that the assistant is to continue. `tools`: JSON objects just as sent. `is_partial`: the
+    last message is the assistant's own, and its answer goes on in it."""
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: ToolChoice = ToolChoice()
+    is_partial: bool = False
 
     @property
     def num_calls(self) -> int:
@@ -68,6 +70,7 @@ def encode_chat(
     tools: Tools | None = None,
     *,
     add_generation_prompt: bool = True,
+    is_partial: bool = False,
     specials_in_text: bool = False,
     rename_calls: bool = True,
 ) -> list[int]:
@@ -77,7 +80,11 @@ def encode_chat(
     with it, at the price that a user can forge turns. Otherwise as `render`.
     """
     fragments = render(
-        messages, tools, add_generation_prompt=add_generation_prompt, rename_calls=rename_calls
+        messages,
+        tools,
+        add_generation_prompt=add_generation_prompt,
+        is_partial=is_partial,
+        rename_calls=rename_calls,
     )
     if specials_in_text:
         return tokenizer.encode("".join(fragment.text for fragment in fragments), allow_special=True)
@@ -89,11 +96,16 @@ def render_text(
     tools: Tools | None = None,
     *,
     add_generation_prompt: bool = True,
+    is_partial: bool = False,
     rename_calls: bool = True,
 ) -> str:
     """The prompt as one string, for people and tests; encoding it would honour specials in messages."""
     fragments = render(
-        messages, tools, add_generation_prompt=add_generation_prompt, rename_calls=rename_calls
+        messages,
+        tools,
+        add_generation_prompt=add_generation_prompt,
+        is_partial=is_partial,
+        rename_calls=rename_calls,
     )
     return "".join(fragment.text for fragment in fragments)
 
@@ -103,19 +115,25 @@ def render(
     tools: Tools | None = None,
     *,
     add_generation_prompt: bool = True,
+    is_partial: bool = False,
     rename_calls: bool = True,
 ) -> tuple[Fragment, ...]:
     """The prompt, cut where control tokens stand.
 
     `tools` are JSON objects just as the client sent them. `rename_calls` passes the conversation through
     `normalise_ids` first, which leaves ids in the model's own form alone; False renders ids verbatim.
-    Raises RequestError for an empty conversation and for a tool message that answers no call.
+    `is_partial` leaves the last message open, which takes the place of opening a new one.
+    Raises RequestError for an empty conversation, for a tool message that answers no call, and for a partial
+    message that is not the assistant's text.
     """
     if not messages:
         raise RequestError("messages", "empty; send at least one message")
     if rename_calls:
         messages = normalise_ids(messages)
-    return tuple(_prompt(messages, tools, add_generation_prompt=add_generation_prompt))
+    if is_partial and (messages[-1].role != "assistant" or messages[-1].tool_calls):
+        raise RequestError(f"messages[{len(messages) - 1}]", "partial, but not text of the assistant")
+    prompt = _prompt(messages, tools, add_generation_prompt=add_generation_prompt and not is_partial)
+    return tuple(prompt)[: -1 if is_partial else None]  # without its <|im_end|>
 
 
 def _prompt(

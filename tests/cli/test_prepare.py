@@ -17,7 +17,7 @@ CONFIG = ClusterConfig(name="a", parallel=ParallelConfig(lanes=1, tp=2))
 
 
 def test_the_command_line_wins_over_the_config(tiny_model_dir: Path) -> None:
-    world = prepare_world(CONFIG, tiny_model_dir, "127.0.0.1:0", is_here=True)
+    world = prepare_world(CONFIG, tiny_model_dir, "127.0.0.1:0", "127.0.0.1:0", is_here=True)
     assert world.config.service.grpc == "127.0.0.1:0"
     assert world.model_dir == str(tiny_model_dir)
 
@@ -29,9 +29,28 @@ def test_where_nobody_names_a_model_it_is_the_demos() -> None:
         prepare_world(elsewhere, None, None, is_here=False)
 
 
-def test_an_address_that_is_none_is_the_options_fault(tiny_model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--grpc: service\.grpc='nowhere'"):
+def test_an_address_that_is_none_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"service\.grpc='nowhere'"):
         prepare_world(CONFIG, tiny_model_dir, "nowhere", is_here=False)
+    with pytest.raises(ConfigError, match=r"service\.http='8000'.*such as 127\.0\.0\.1:8000"):
+        prepare_world(CONFIG, tiny_model_dir, http="8000", is_here=False)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8000", "[::]:8000", "10.1.2.3:8000", "example.org:8000"])
+def test_without_keys_it_listens_to_this_machine_unless_told_otherwise(
+    tiny_model_dir: Path, address: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"service\.http=.*without keys.*--insecure"):
+        prepare_world(CONFIG, tiny_model_dir, http=address, is_here=False)
+    with pytest.raises(ConfigError, match=r"service\.grpc=.*without keys.*--insecure"):
+        prepare_world(CONFIG, tiny_model_dir, address, is_here=False)
+    world = prepare_world(CONFIG, tiny_model_dir, http=address, is_insecure=True, is_here=False)
+    assert world.config.service.http == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2:8000", "[::1]:8000", "localhost:8000"])
+def test_loopback_needs_no_keys(tiny_model_dir: Path, address: str) -> None:
+    prepare_world(CONFIG, tiny_model_dir, address, address, is_here=False)
 
 
 def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -40,7 +59,7 @@ def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path:
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=shard.name):
-        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", is_here=True)
+        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", "127.0.0.1:0", is_here=True)
 
 
 def test_only_a_listener_makes_a_port_taken() -> None:

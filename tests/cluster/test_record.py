@@ -14,7 +14,7 @@ from k2dist.errors import ConfigError
 GONE = ProcessMark(pid=os.getpid(), created_s=1.25)  # a process that had this one's pid before it
 HOST = HostProcess(address="10.0.0.1:6379", log_dir="/logs", mark=GONE)
 RECORD = ClusterRecord(
-    name="a", ray_address="10.0.0.1:6379", grpc="127.0.0.1:50051", host=None, driver=mark_process()
+    name="a", ray_address="10.0.0.1:6379", grpc="127.0.0.1:50051", http="", host=None, driver=mark_process()
 )
 
 

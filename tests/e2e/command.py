@@ -128,7 +128,7 @@ def write_config(directory: Path, name: str, **sections: str) -> Path:
         "scheduler": "{step_tokens: 64, chunk_tokens: 32, max_running: 8, max_waiting: 32}",
         "ranks": "{rank_cpus: 1}",
         "deadlines": "{start_s: 90, call_s: 30, drain_s: 5, stop_s: 5}",
-        "service": "{grpc: '127.0.0.1:0', retain_s: 5}",
+        "service": "{grpc: '127.0.0.1:0', http: null, retain_s: 5}",
     } | sections
     path = directory / f"{name}.yaml"
     path.write_text(f"name: {name}\n" + "".join(f"{key}: {value}\n" for key, value in given.items()))

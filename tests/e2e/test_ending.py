@@ -166,7 +166,9 @@ def test_a_killed_driver_takes_its_ray_along(tmp_path: Path, tiny_model_dir: Pat
 
 def test_ctrl_c_in_the_middle_leaves_nothing(tiny_model_dir: Path) -> None:
     """The random model does not come to an end by itself."""
-    with Command("demo", "--model", tiny_model_dir, "--grpc", "127.0.0.1:0") as command:
+    with Command(
+        "demo", "--model", tiny_model_dir, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"
+    ) as command:
         assert command.process.stdout is not None
         lines = [command.process.stdout.readline().decode() for _ in range(4)]
         assert lines[0] == "    who ? Who are you?\n"

@@ -21,6 +21,7 @@ from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
 from k2dist.text.tokenizer import K2_SPECIALS, Tokenizer
 from tests.service.fake_lane import FakeLane
+from tests.service.http_server import HttpServer, ServeHttp, run_http
 
 NUM_BASE = 256  # the bytes; 256 specials follow
 ARCHITECTURE = Architecture(
@@ -118,5 +119,17 @@ def serve(model_dir: Path, config: ClusterConfig) -> Serve:
             await actor.stop()
             for lane in lanes:
                 await lane.stop()
+
+    return run
+
+
+@pytest.fixture
+def serve_http(model_dir: Path, config: ClusterConfig) -> ServeHttp:
+    """`async with serve_http(lane, ...) as server`: the same, with a gateway before it."""
+
+    def run(
+        *lanes: FakeLane, changed: ClusterConfig | None = None
+    ) -> AbstractAsyncContextManager[HttpServer]:
+        return run_http(changed or config, model_dir, *lanes)
 
     return run

@@ -244,3 +244,16 @@ def test_tools_json_reads_back(small: Tokenizer) -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": '"\\\n\u2028 \x00'}}]
     declared = small.decode(encode_chat(small, [SYSTEM], tools)).split("<|im_middle|>")[1]
     assert json.loads(declared.split("<|im_end|>")[0]) == tools
+
+
+def test_a_partial_message_stays_open() -> None:
+    """Its end and a new beginning are what is left out."""
+    begun = (user("a"), ChatMessage(role="assistant", content="b"))
+    ended = render_text(begun, add_generation_prompt=False)
+    assert render_text(begun, is_partial=True) == ended.removesuffix("<|im_end|>")
+
+
+@pytest.mark.parametrize("last", [user("a"), calls(("f:0", "f"))])
+def test_only_text_of_the_assistant_can_be_partial(last: ChatMessage) -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\]: partial"):
+        render((user("a"), last), is_partial=True)

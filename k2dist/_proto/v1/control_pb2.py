@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17k2dist/v1/control.proto\x12\tk2dist.v1\"\x14\n\x12GetTopologyRequest\"\xb7\x01\n\x13GetTopologyResponse\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.k2dist.v1.ServiceState\x12#\n\x05lanes\x18\x05 \x03(\x0b\x32\x14.k2dist.v1.LaneState\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x14\n\x0clive_outputs\x18\x07 \x01(\rJ\x04\x08\x01\x10\x02\"n\n\tLaneState\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x05 \x01(\r*d\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x01\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x02\x32W\n\x07\x43ontrol\x12L\n\x0bGetTopology\x12\x1d.k2dist.v1.GetTopologyRequest\x1a\x1e.k2dist.v1.GetTopologyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17k2dist/v1/control.proto\x12\tk2dist.v1\"\x14\n\x12GetTopologyRequest\"\xb7\x01\n\x13GetTopologyResponse\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.k2dist.v1.ServiceState\x12#\n\x05lanes\x18\x05 \x03(\x0b\x32\x14.k2dist.v1.LaneState\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x14\n\x0clive_outputs\x18\x07 \x01(\rJ\x04\x08\x01\x10\x02\"\x81\x01\n\tLaneState\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04*d\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x01\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x02\x32W\n\x07\x43ontrol\x12L\n\x0bGetTopology\x12\x1d.k2dist.v1.GetTopologyRequest\x1a\x1e.k2dist.v1.GetTopologyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'k2dist.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVICESTATE']._serialized_start=358
-  _globals['_SERVICESTATE']._serialized_end=458
+  _globals['_SERVICESTATE']._serialized_start=378
+  _globals['_SERVICESTATE']._serialized_end=478
   _globals['_GETTOPOLOGYREQUEST']._serialized_start=38
   _globals['_GETTOPOLOGYREQUEST']._serialized_end=58
   _globals['_GETTOPOLOGYRESPONSE']._serialized_start=61
   _globals['_GETTOPOLOGYRESPONSE']._serialized_end=244
-  _globals['_LANESTATE']._serialized_start=246
-  _globals['_LANESTATE']._serialized_end=356
-  _globals['_CONTROL']._serialized_start=460
-  _globals['_CONTROL']._serialized_end=547
+  _globals['_LANESTATE']._serialized_start=247
+  _globals['_LANESTATE']._serialized_end=376
+  _globals['_CONTROL']._serialized_start=480
+  _globals['_CONTROL']._serialized_end=567
 # @@protoc_insertion_point(module_scope)

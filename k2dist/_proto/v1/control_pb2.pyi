@@ -102,11 +102,14 @@ class LaneState(_message.Message):
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     NUM_PAGES_FIELD_NUMBER: _builtins.int
     NUM_PAGES_FREE_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_pages: _builtins.int
     num_pages_free: _builtins.int
+    num_steps: _builtins.int
+    """committed since it began; standing still while it has work, it hangs"""
     def __init__(
         self,
         *,
@@ -115,10 +118,11 @@ class LaneState(_message.Message):
         num_waiting: _builtins.int = ...,
         num_pages: _builtins.int = ...,
         num_pages_free: _builtins.int = ...,
+        num_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "num_pages", b"num_pages", "num_pages_free", b"num_pages_free", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "num_pages", b"num_pages", "num_pages_free", b"num_pages_free", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,65 @@
+"""The gateway as a process: a gRPC client of the coordinator behind an HTTP server.
+
+A plain class with async methods, as `CoordinatorActor` is; `cluster` makes a Ray actor of it. It is a process
+of its own, beside the coordinator: parsing JSON and writing SSE for many clients then takes nothing from the
+event loop that the lanes' events go through, and if it dies nothing is lost, as it holds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from k2dist.config.cluster import ClusterConfig
+from k2dist.errors import UnavailableError
+from k2dist.service.client import AsyncClient
+
+if TYPE_CHECKING:
+    from k2dist.service.http_server import HttpServer
+
+
+class GatewayActor:
+    """`start` before all else, on the event loop that then belongs to it."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        # Now, while the ranks load. Not with the module: the command line names this class, and no more.
+        from k2dist.service import http_app, http_server
+
+        self._app, self._http = http_app, http_server
+        self._config = config
+        self._client: AsyncClient | None = None
+        self._server: HttpServer | None = None
+
+    async def start(self, coordinator: str, http: str) -> str:
+        """Serve the coordinator on `http`, and return where. CapacityError: the port is taken."""
+        self._server = self._http.HttpServer(http)
+        self._client = AsyncClient(coordinator)
+        (model,) = await self._client.models()
+        gateway = self._app.Gateway(
+            self._client, model.name, max_running=max_running(self._config), stall_s=stall_s(self._config)
+        )
+        await self._server.start(self._app.make_app(gateway))
+        return self._server.address
+
+    async def address(self) -> str:
+        if self._server is None or not self._server.is_running:
+            raise UnavailableError("the gateway is not running")
+        return self._server.address
+
+    async def stop(self) -> None:
+        """Take no more requests, give those under way a moment, and end."""
+        if self._server is not None:
+            await self._server.stop()
+            self._server = None
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+
+def max_running(config: ClusterConfig) -> int:
+    """As many requests as the coordinator queues and the lanes run; more could only wait."""
+    return config.service.max_queued + config.parallel.lanes * config.scheduler.max_running
+
+
+def stall_s(config: ClusterConfig) -> float:
+    """A step that takes longer than its deadline has failed; twice that is no step at all."""
+    return 2 * config.deadlines.step_s

@@ -1,0 +1,160 @@
+"""Messages with the official client: the order of events, tools, what an answer ends with, errors."""
+
+from __future__ import annotations
+
+import json
+import string
+from typing import Any
+
+import anthropic
+import pytest
+
+from k2dist.text.tokenizer import Tokenizer
+from tests.service.fake_lane import FakeLane
+from tests.service.http_clients import HELLO, join_anthropic, post_stream, two_calls
+from tests.service.http_server import ServeHttp
+
+TOOL: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "Get the weather",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 100, "messages": HELLO}
+
+
+@pytest.mark.parametrize("text", ["I look.", ""])
+async def test_the_order_of_events_is_exact(serve_http: ServeHttp, tokenizer: Tokenizer, text: str) -> None:
+    answer = two_calls(tokenizer, text)
+    body = BODY | {"tools": [TOOL]}
+    async with serve_http(FakeLane(tokenizer, script=lambda prompt: answer, step_s=0.001)) as server:
+        events = await post_stream(server.http, "/v1/messages", body)
+        whole = (await server.http.post("/v1/messages", json=body)).json()
+    kinds = [event.event for event in events]
+    shown = [kind for kind, before in zip(kinds, [None, *kinds], strict=False) if kind != before]
+    block = ["content_block_start", "content_block_delta", "content_block_stop"]
+    first = ["content_block_start", "ping", *block[1:]]
+    blocks = (first + block + block) if text else (first + block)
+    assert shown == ["message_start", *blocks, "message_delta", "message_stop"]
+    joined = join_anthropic(events)
+    assert [part["type"] for part in joined["content"]] == ["text"] * bool(text) + ["tool_use"] * 2
+    assert joined["stop_reason"] == "tool_use"
+    assert joined["content"][-1]["input"] == {"city": "Zürich"}
+    for message in (joined, whole):
+        message.pop("id")
+        message.pop("usage")
+    assert joined == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "text", "reason", "sequence"),
+    [
+        ({}, string.ascii_lowercase, "end_turn", None),
+        ({"max_tokens": 3}, "abc", "max_tokens", None),
+        ({"stop_sequences": ["mn", "gh"]}, "abcdef", "stop_sequence", "gh"),
+        ({"system": "Be brief.", "metadata": {"user_id": "u"}}, string.ascii_lowercase, "end_turn", None),
+        (
+            {"thinking": {"type": "disabled"}, "service_tier": "auto"},
+            string.ascii_lowercase,
+            "end_turn",
+            None,
+        ),
+    ],
+)
+async def test_streamed_and_whole_say_how_it_ended(
+    serve_http: ServeHttp, tokenizer: Tokenizer, more: Any, text: str, reason: str, sequence: str | None
+) -> None:
+    async with serve_http(FakeLane(tokenizer, step_s=0.001)) as server:
+        whole = await server.anthropic.messages.create(**(BODY | more))
+        joined = join_anthropic(await post_stream(server.http, "/v1/messages", BODY | more))
+    assert [block.text for block in whole.content] == [text]
+    assert (whole.stop_reason, whole.stop_sequence) == (reason, sequence)
+    assert joined["content"] == [{"type": "text", "text": text}]
+    assert (joined["stop_reason"], joined["stop_sequence"]) == (reason, sequence)
+    usage = joined["usage"]
+    assert usage["output_tokens"] == whole.usage.output_tokens
+    assert usage["cache_read_input_tokens"] > 0, "the first one's pages"
+    assert whole.usage.cache_read_input_tokens == 0
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == whole.usage.input_tokens
+
+
+async def test_the_official_tool_loop(serve_http: ServeHttp, tokenizer: Tokenizer) -> None:
+    """Streamed, its content handed back as it came, results as blocks, until it stops by itself."""
+    prompts: list[bytes] = []
+
+    def answer(prompt: tuple[int, ...]) -> list[int]:
+        prompts.append(bytes(token for token in prompt if token < 256))
+        return [*b"Done.", 258] if b"## Return" in prompts[-1] else two_calls(tokenizer)
+
+    messages: list[Any] = [*HELLO]
+    async with serve_http(FakeLane(tokenizer, script=answer)) as server:
+        for _ in range(2):
+            arguments = BODY | {"messages": messages, "tools": [TOOL], "tool_choice": {"type": "auto"}}
+            async with server.anthropic.messages.stream(**arguments) as stream:
+                final = await stream.get_final_message()
+            messages.append({"role": "assistant", "content": final.content})
+            if final.stop_reason != "tool_use":
+                break
+            results = [
+                {"type": "tool_result", "tool_use_id": block.id, "content": f"{block.input['city']}: 21"}
+                for block in final.content
+                if block.type == "tool_use"
+            ]
+            messages.append({"role": "user", "content": results})
+    assert final.content[0].text == "Done."
+    assert final.stop_reason == "end_turn"
+    shown = prompts[-1].decode()
+    assert 'functions.get_weather:1{"city": "Zürich"}' in shown
+    assert "## Return of functions.get_weather:0\nRome: 21" in shown
+    assert "## Return of functions.get_weather:1\nZürich: 21" in shown
+
+
+async def test_a_last_message_of_the_assistant_is_gone_on_with(
+    serve_http: ServeHttp, tokenizer: Tokenizer
+) -> None:
+    begun: list[Any] = [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": "wx"}]}]
+    async with serve_http(FakeLane(tokenizer)) as server:
+        message = await server.anthropic.messages.create(**(BODY | {"messages": begun}))
+    assert [block.text for block in message.content] == ["yz"]
+
+
+async def test_counted_tokens_are_those_of_the_prompt(serve_http: ServeHttp, tokenizer: Tokenizer) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "system": "Be brief.", "tools": [TOOL]}
+    async with serve_http(FakeLane(tokenizer)) as server:
+        counted = await server.anthropic.messages.count_tokens(**asked)
+        message = await server.anthropic.messages.create(**(BODY | asked))
+    assert counted.input_tokens == message.usage.input_tokens > 0
+
+
+async def test_what_cannot_be_done_is_refused_in_its_form(
+    serve_http: ServeHttp, tokenizer: Tokenizer
+) -> None:
+    tool_result = {"type": "tool_result", "tool_use_id": "a", "content": "1"}
+    refusals: list[tuple[dict[str, Any], int, str]] = [
+        ({"messages": []}, 400, "messages"),
+        ({"model": "claude"}, 404, "model"),
+        ({"max_tokens": None}, 400, "max_tokens"),
+        ({"max_tokens": 5000}, 400, "max_tokens"),
+        ({"temperature": 1.5}, 400, "temperature"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "thinking"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "assistant", "content": [tool_result]}]}, 400, "messages[0].content[0]"),
+        ({"stop_sequences": [""]}, 400, "stop_sequences[0]"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "tools[0]"),
+        ({"tools": [TOOL], "tool_choice": {"type": "any"}}, 400, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, 400, "tool_choice.name"),
+        ({"tools": [TOOL | {"strict": True}]}, 400, "tools[0].function.strict"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, 400, "output_config.format"),
+        ({"mcp_servers": []}, 400, "mcp_servers"),
+    ]
+    async with serve_http(FakeLane(tokenizer)) as server:
+        for more, status, field in refusals:
+            response = await server.http.post("/v1/messages", json=BODY | more)
+            assert response.status_code == status, (more, response.text)
+            body = response.json()
+            assert body["type"] == "error"
+            kind = "not_found_error" if status == 404 else "invalid_request_error"
+            assert body["error"]["type"] == kind
+            assert body["error"]["message"].startswith(field), (more, body)
+        with pytest.raises(anthropic.BadRequestError):
+            await server.anthropic.messages.create(**(BODY | {"max_tokens": 5000}))
+        assert json.loads((await server.http.get("/v1/messages")).text)["type"] == "error"
