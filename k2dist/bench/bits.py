@@ -122,7 +122,7 @@ def measure(
     cases = _cases(architecture, layout, batches, prompt_rows)
     places = max(num_places(max(batches, default=1), CONTEXT), CONTEXT + prompt_rows)
     with _shared_threads(layout.world_size):
-        exact = select_kernels(kernels, "float32")
+        exact = select_kernels("reference", "float32")
         with BitsWorld(model_dir, layout, exact, num_places=places) as world:
             offs = [_offs(world, orders, batch) for _, batch in cases]
         costs = []

@@ -33,6 +33,7 @@ READ_BYTES = 2**29  # much more than any cache
 _NUM_READS = 7
 _STEP_TOKENS = 2048  # prompt rows of a step, at least
 _WAIT_S = 1.0
+_RUNS_ON = 256  # steps that may be taken before somebody sees that enough have been
 
 Show = Callable[[int, int], None]
 
@@ -92,7 +93,7 @@ def measure(
     limits = Limits(step_tokens=2 * lane_rows + _STEP_TOKENS, max_running=lane_rows, max_waiting=max(batches))
     # Whoever is first decodes until the last prompt is read, and then as long as the others.
     num_prompt_steps = lane_rows * prompt_len // _STEP_TOKENS + prompt_len // limits.chunk_tokens + 2
-    max_tokens = decode_tokens + num_prompt_steps
+    max_tokens = decode_tokens + num_prompt_steps + _RUNS_ON
     if prompt_len + max_tokens > architecture.max_positions:
         raise UsageError(
             f"--prompt-len={prompt_len} and --decode-tokens={decode_tokens}: up to {prompt_len + max_tokens} "

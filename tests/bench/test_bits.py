@@ -28,7 +28,7 @@ ORDERS = ["same bits", "padded exchange", "library kernels", "all-reduce", "redu
 
 @pytest.fixture(scope="module")
 def report() -> BitsReport:
-    return measure(MODEL_DIR, lanes=1, tp=2, batches=(1, 6), prompt_rows=20, num_turns=2)
+    return measure(MODEL_DIR, lanes=1, tp=2, kernels="reference", batches=(1, 6), prompt_rows=20, num_turns=2)
 
 
 def test_every_order_takes_every_step(report: BitsReport) -> None:
@@ -159,7 +159,8 @@ def test_an_illegal_layout_is_refused() -> None:
 
 
 def test_the_command_prints_a_line_for_each_order_and_gives_data(tmp_path: Path) -> None:
-    arguments = ["bench", "bits", "--lanes", "1", "--tp", "1", "--batch", "2", "--prompt-rows", "3"]
+    arguments = ["bench", "bits", "--kernels", "reference", "--lanes", "1", "--tp", "1", "--batch", "2"]
+    arguments += ["--prompt-rows", "3"]
     shown = CliRunner().invoke(app, [*arguments, "--turns", "1"])
     lines = [line.strip() for line in shown.output.splitlines()]
     for step in ("prompt 3", "decode 2"):
