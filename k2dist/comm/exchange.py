@@ -52,6 +52,7 @@ class Ticket:
     home_TK: Tensor  # int64 [T * K]: which of the outputs that come home is the one of t * K + k
     pairs_from: list[int]  # pairs that came from each rank
     pairs_to: list[int]  # pairs that went to each rank
+    stays: bool = False  # a world of one: nothing moved, and `arrived_M` says where each pair is at home
 
 
 class TokenExchange(Protocol):
@@ -133,7 +134,7 @@ class Exchange:
         assert len(out_MD) == len(ticket.arrived_M), (
             f"{len(out_MD)} outputs for {len(ticket.arrived_M)} pairs"
         )
-        if self.comm.size == 1:
+        if ticket.stays:
             home_ND = torch.empty_like(out_MD).index_copy_(0, ticket.arrived_M, out_MD)
             return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
         out_MB = to_bytes(out_MD)
@@ -162,7 +163,7 @@ class Exchange:
         self._load_Le[moe_layer] += counts_e
         work = Dispatched(rows_TW, order_M.div(top_k, rounding_mode="floor"), slot_M.long(), counts_e)
         pairs = [num_rows * top_k]
-        return work, Ticket(num_rows, top_k, order_M, torch.empty(0, dtype=torch.int64), pairs, pairs)
+        return work, Ticket(num_rows, top_k, order_M, order_M, pairs, pairs, stays=True)
 
     def _exchange_counts(self, send: list[int]) -> list[int]:
         """How many rows each rank will send to this one."""

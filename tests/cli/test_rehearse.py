@@ -39,7 +39,7 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parts_are_scaled_to_the_whole_model_and_add_up() -> None:
     found: Any = msgspec.json.decode(
-        say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, "--layers", "2", "--json")
+        say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, "--layers", "2", "--kernels", "reference", "--json")
     )
     assert (found["num_layers"], found["of_layers"]) == (2, 3)
     parts = {part["part"]: part for part in found["parts"]}
