@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
 
 from k2dist.engine.steps import Steps
 from k2dist.errors import CheckpointError, ConfigError, LayoutError, PeerError, RequestError, UsageError
@@ -283,10 +283,10 @@ def test_a_failed_rank_ends_the_call_with_its_error(
         hidden, num_steps = Steps._hidden, count()
         victim = llm._world.ranks[1]
 
-        def break_down(steps: Steps, batch: Batch) -> Tensor:
+        def break_down(steps: Steps, batch: Batch, *more: Any) -> Any:
             if steps._device is victim._device and next(num_steps) == 3:
                 raise error
-            return hidden(steps, batch)
+            return hidden(steps, batch, *more)
 
         monkeypatch.setattr(Steps, "_hidden", break_down)
         started_s = time.monotonic()

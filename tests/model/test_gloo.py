@@ -116,7 +116,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor]]:
     """What each rank's process computed."""
     folder = tmp_path_factory.mktemp("gloo")
     store = host_store(ADDRESS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    roots = (Path(__file__).parents[2], *sys.path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, roots))}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(store.port), str(rank), str(folder / f"{rank}.pt")],

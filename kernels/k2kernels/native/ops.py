@@ -112,6 +112,9 @@ class NativeOps:
     def grouped_gemm(
         self, x: Tensor | QuantisedRows, counts_e: Tensor, w: PackedLinear, out_dtype: torch.dtype
     ) -> Tensor:
+        if w.num_slots == 0:  # a rank without slots: no row is its own
+            num_rows = len(x.q_TK if isinstance(x, QuantisedRows) else x)
+            return torch.empty(num_rows, w.num_outputs, dtype=out_dtype)
         assert isinstance(x, QuantisedRows) or w.block is None, "native linears with float8 weights are W8A8"
         rows, num_rows = rows_of(x, w, None)
         counts_e = counts_of(counts_e, w, num_rows)
@@ -140,6 +143,8 @@ class NativeOps:
         down: PackedLinear,
         out_dtype: torch.dtype,
     ) -> Tensor:
+        if gate_up.num_slots == 0:
+            return torch.empty(len(row_M), down.num_outputs, dtype=out_dtype)
         return self._mlp(x, row_M, counts_e, gate_up, down, out_dtype)
 
     def absorb(self, x_THK: Tensor, w: PackedLinear | PackedKeys) -> Tensor:
