@@ -62,7 +62,7 @@ kernels: fast
         "x.yaml: parallel.ep: unknown field; known here: lanes, tp, expert_only_ranks, slots_per_rank",
         "x.yaml: parallel.lanes=0: expected `int` >= 1",
         "x.yaml: parallel.tp='two': expected `int`, got `str`",
-        "x.yaml: kernels='fast': use auto or native or reference",
+        "x.yaml: kernels='fast': use auto or native or triton or reference",
         "x.yaml: cache=3: expected a section with fields such as page_tokens, num_pages, reuse_generated",
         "x.yaml: ranks.rank_cpus=-1: expected `float` > 0.0",
         "x.yaml: ranks.placement='together': use pack or spread or strict_pack or strict_spread",
