@@ -50,7 +50,8 @@ def test_without_keys_it_listens_to_this_machine_unless_told_otherwise(
 
 @pytest.mark.parametrize("address", ["127.0.0.2:8000", "[::1]:8000", "localhost:8000"])
 def test_loopback_needs_no_keys(tiny_model_dir: Path, address: str) -> None:
-    prepare_world(CONFIG, tiny_model_dir, address, address, is_here=False)
+    world = prepare_world(CONFIG, tiny_model_dir, address, address, is_here=False)
+    assert (world.config.service.grpc, world.config.service.http) == (address, address)
 
 
 def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path: Path) -> None:
