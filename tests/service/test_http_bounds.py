@@ -151,10 +151,13 @@ async def test_more_requests_than_may_run_are_to_come_again(
 
 async def test_an_answer_that_breaks_off_says_so(serve_http: ServeHttp, tokenizer: Tokenizer) -> None:
     for path in (CHAT, "/v1/messages"):
-        lane = FakeLane(tokenizer, step_s=0.01)
-        body = {"messages": HELLO, "max_tokens": 100}
+        lane = FakeLane(tokenizer, script=lambda prompt: [ord("x")] * 900, step_s=0.01)
+        body = {"messages": HELLO, "max_tokens": 900}
         async with serve_http(lane) as server:
             whole = asyncio.ensure_future(server.http.post(path, json=body))
+            async with asyncio.timeout(WAIT_S):  # else the lane might die before it has this one
+                while (await lane.load()).num_running == 0:
+                    await asyncio.sleep(0.005)
             async with server.http.stream("POST", path, json=body | {"stream": True}) as response:
                 events = []
                 async for event in read_sse(response):
