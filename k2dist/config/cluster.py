@@ -86,8 +86,11 @@ class NodesConfig(Message, frozen=True, kw_only=True):
 
     # Machines, each with as many ranks, neighbouring ranks on one; none: losses are counted in ranks only.
     num_nodes: Count | None = None
+    # What one rank computes on, by its name in `k2dist/planner/devices.py` (h200, b200, cpu, ...): its memory
+    # and its rates; none: the CPU if ranks take no GPU, else `k2dist plan` asks for it.
+    device: str | None = None
     # Memory of one rank's device (its share of the machine, without a GPU), as its driver reports it and not
-    # as its maker does; none: nothing is checked before the ranks start.
+    # as its maker does; none: that of `device`, and without either nothing is checked before ranks start.
     device_bytes: Count | None = None
     # Of each device, for what no plan counts: the driver's context, kernels' code, the buffers of NCCL,
     # captured graphs, fragmentation. Less: more cache, and the first long prompt may find none left.

@@ -4,7 +4,15 @@ from k2dist.planner.held import Kind, kind_of
 from k2dist.planner.losses import Losses, Remainder, survivable_losses
 from k2dist.planner.memory import MemoryPlan, check_memory, plan_memory
 from k2dist.planner.rank_memory import RankMemory
-from k2dist.planner.terms import Form, Terms, configured_terms, reference_form, served_form
+from k2dist.planner.terms import (
+    Form,
+    Terms,
+    configured_terms,
+    form_named,
+    native_form,
+    reference_form,
+    triton_form,
+)
 
 __all__ = [
     "Form",
@@ -16,9 +24,11 @@ __all__ = [
     "Terms",
     "check_memory",
     "configured_terms",
+    "form_named",
     "kind_of",
+    "native_form",
     "plan_memory",
     "reference_form",
-    "served_form",
     "survivable_losses",
+    "triton_form",
 ]

@@ -1,8 +1,8 @@
 """How many bytes of weights a rank reads and holds, by kind.
 
-Held is not read: kernels lay weights out anew. The up-projection of the latent (kv_b) is absorbed,
-unquantised; router weights are widened to float32; the reference kernels hold every linear dequantised in
-float32. `k2dist.model.weights.assemble` is what this describes, and a test compares the two.
+Held is not read: kernels lay weights out anew, each set in its own way (`terms.Form`). The up-projection of
+the latent (kv_b) is absorbed, unquantised; router weights are widened to float32. What this describes is
+`k2dist.model.weights.assemble`, and a test compares the two for every set.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from k2dist.parallel.published import (
     SCALE_SUFFIX,
     Published,
     Share,
+    layer_tensors,
     published_tensors,
 )
 from k2dist.planner.terms import Form
 
-ROUTER_BYTES = 4  # float32, whatever the file holds
+FLOAT32_BYTES = 4
+BF16_BYTES = 2
+# Of the native kernels' layout (k2kernels.native.packed).
+PANEL = 16  # outputs
+PANEL_DEPTH = 32  # inputs; a block of fewer is filled up
+PLAIN_BLOCK = 128  # rows and columns of a block where no scale sets it
 
 
 class Kind(enum.StrEnum):
@@ -52,7 +58,7 @@ def lane_bytes(architecture: Architecture, tp: int, form: Form) -> LaneBytes:
             kind = kind_of(tensor)
             parts = tp if tensor.share in (Share.ROWS, Share.COLUMNS) else 1
             read[kind] += tensor.num_bytes // parts
-            held[kind] += _held(tensor, form) // parts
+            held[kind] += _held(tensor, tp, architecture, form)
     return LaneBytes(read=read, held=held)
 
 
@@ -60,13 +66,14 @@ def expert_bytes(architecture: Architecture, form: Form | None = None) -> int:
     """One expert of one layer: as published, or as `form` holds it."""
     if not architecture.num_moe_layers:
         return 0
-    total = 0
-    for tensor in published_tensors(architecture):
-        if tensor.expert == 0 and tensor.layer == architecture.first_dense_layers:
-            total += tensor.num_bytes if form is None else _held(tensor, form)
-        elif tensor.layer == architecture.first_dense_layers + 1:
-            break
-    return total
+    tensors = (
+        tensor
+        for tensor in layer_tensors(architecture, architecture.first_dense_layers)
+        if tensor.expert == 0
+    )
+    return sum(
+        tensor.num_bytes if form is None else _held(tensor, 1, architecture, form) for tensor in tensors
+    )
 
 
 def kind_of(tensor: Published) -> Kind:
@@ -91,19 +98,51 @@ def kind_of(tensor: Published) -> Kind:
     raise AssertionError(f"{name}: of no kind")
 
 
-def _held(tensor: Published, form: Form) -> int:
-    """Of the whole tensor, in `form`."""
-    num_elements = tensor.num_bytes // DTYPE_BYTES[tensor.dtype]
-    kind = kind_of(tensor)
+def _held(tensor: Published, tp: int, architecture: Architecture, form: Form) -> int:
+    """Of one rank's slice of a tensor, in `form`. A scale counts with its weight where it changes shape."""
+    rows, cols = _slice(tensor, tp)
+    kind, is_scale = kind_of(tensor), tensor.name.endswith(SCALE_SUFFIX)
     if kind is Kind.ROUTER:
-        return num_elements * ROUTER_BYTES
+        return rows * cols * FLOAT32_BYTES
     if kind in (Kind.NORMS, Kind.EMBEDDING):
-        return num_elements * form.stream_bytes
-    if kind is Kind.HEAD:
-        return num_elements * form.plain_bytes
-    is_scale = tensor.name.endswith(SCALE_SUFFIX)
+        return rows * cols * form.stream_bytes
     if ".kv_b_proj." in tensor.name:
-        return 0 if is_scale else num_elements * form.plain_bytes
-    if form.linear_bytes is not None:
-        return 0 if is_scale else num_elements * form.linear_bytes
-    return tensor.num_bytes
+        return 0 if is_scale else _absorbed(architecture, architecture.num_heads // tp, form)
+    if form.kernels == "reference":
+        return 0 if is_scale else rows * cols * FLOAT32_BYTES
+    if form.kernels == "native":
+        block = architecture.scale_block if kind is not Kind.HEAD else None
+        return 0 if is_scale else packed_bytes(rows, cols, block)
+    if kind is Kind.HEAD:
+        return rows * cols * form.stream_bytes
+    return rows * cols * DTYPE_BYTES[tensor.dtype]
+
+
+def packed_bytes(rows: int, cols: int, block: int | None) -> int:
+    """Of one linear as the native kernels keep it: panels that cross no row of blocks, and float32 scales of
+    each panel and block of inputs; bfloat16 without scales where `block` is None."""
+    size = block or PLAIN_BLOCK
+    num_panels = sum(-(-min(size, rows - row) // PANEL) for row in range(0, rows, size))
+    depth = sum(-(-min(size, cols - col) // PANEL_DEPTH) * PANEL_DEPTH for col in range(0, cols, size))
+    if block is None:
+        return num_panels * depth * PANEL * BF16_BYTES
+    return num_panels * (depth * PANEL + FLOAT32_BYTES * -(-cols // size))
+
+
+def _absorbed(architecture: Architecture, num_heads: int, form: Form) -> int:
+    """kv_b of `num_heads`: its key part for queries and for prompts, its value part."""
+    a = architecture
+    nope, value, latent = a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank
+    if form.kernels == "native":
+        keys = packed_bytes(latent, nope, None) + packed_bytes(nope, latent, None)
+        return num_heads * (keys + packed_bytes(value, latent, None))
+    item = FLOAT32_BYTES if form.kernels == "reference" else form.stream_bytes
+    return num_heads * (nope + value) * latent * item
+
+
+def _slice(tensor: Published, tp: int) -> tuple[int, int]:
+    """Rows and columns that one of `tp` ranks holds; a vector is rows of one column."""
+    rows, cols = (*tensor.shape, 1)[:2]
+    if tensor.share is Share.ROWS:
+        return rows // tp, cols
+    return rows, cols // tp if tensor.share is Share.COLUMNS else cols

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from k2dist.config.cluster import ClusterConfig
 from k2dist.messages import Message
+from k2dist.planner.devices import device_bytes
 
 
 class Form(Message, frozen=True, kw_only=True):
-    """How a kernel set keeps weights and cache: bytes of one element."""
+    """How a kernel set keeps weights and cache (`held`).
 
-    linear_bytes: int | None  # None: as published, float8 with its scales or bfloat16
-    plain_bytes: int  # of the head and of the absorbed parts of kv_b
-    stream_bytes: int  # of the residual stream; also of embedding, norms, cache and experts' outputs
+    reference   every linear, and what is absorbed of kv_b, in float32
+    native      float8 in panels of 16 outputs, each with its own scales; kv_b in bfloat16, its key part twice
+    triton      as published, float8 with scales or bfloat16; kv_b in the stream's type
+    """
+
+    kernels: Literal["reference", "native", "triton"]
+    stream_bytes: int  # of an element of the residual stream, embedding, norms, cache, experts' outputs
 
 
 class Terms(Message, frozen=True, kw_only=True):
@@ -27,25 +34,47 @@ class Terms(Message, frozen=True, kw_only=True):
     imbalance: float = 4.0
 
 
-def served_form(stream_bytes: int = 2) -> Form:
-    """Of kernel sets that compute on float8 weights as they are published."""
-    return Form(linear_bytes=None, plain_bytes=stream_bytes, stream_bytes=stream_bytes)
+def triton_form(stream_bytes: int = 2) -> Form:
+    return Form(kernels="triton", stream_bytes=stream_bytes)
+
+
+def native_form() -> Form:
+    return Form(kernels="native", stream_bytes=2)
 
 
 def reference_form(stream_bytes: int = 2) -> Form:
-    """Of the reference kernels: every linear, and what is absorbed, in float32."""
-    return Form(linear_bytes=4, plain_bytes=4, stream_bytes=stream_bytes)
+    return Form(kernels="reference", stream_bytes=stream_bytes)
+
+
+def form_named(kernels: str, stream_bytes: int) -> Form:
+    """Of the set that calls itself `kernels`."""
+    match kernels:
+        case "native":
+            return native_form()
+        case "triton":
+            return triton_form(stream_bytes)
+        case "reference":
+            return reference_form(stream_bytes)
+    raise AssertionError(f"no form is known for kernels {kernels!r}")
 
 
 def configured_terms(config: ClusterConfig) -> Terms:
-    """Ranks with a GPU keep float8 weights as they are; on a CPU there are only the reference kernels yet."""
+    """`kernels: auto` is what `engine.kernels` takes where everything is installed."""
     stream_bytes = 2 if config.dtype == "bfloat16" else 4
-    is_served = config.kernels == "auto" and config.ranks.rank_gpus > 0
     return Terms(
-        form=served_form(stream_bytes) if is_served else reference_form(stream_bytes),
+        form=form_named(configured_kernels(config), stream_bytes),
         page_tokens=config.cache.page_tokens,
         step_tokens=config.scheduler.step_tokens,
         max_samples=config.scheduler.max_running,
         reserve_bytes=config.nodes.reserve_bytes,
-        device_bytes=config.nodes.device_bytes,
+        device_bytes=device_bytes(config),
     )
+
+
+def configured_kernels(config: ClusterConfig) -> str:
+    """The kernel set that ranks will use: `auto` by the device, and on a CPU by the stream."""
+    if config.kernels != "auto":
+        return config.kernels
+    if config.ranks.rank_gpus > 0:
+        return "triton"
+    return "native" if config.dtype == "bfloat16" else "reference"

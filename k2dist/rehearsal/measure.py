@@ -15,7 +15,7 @@ from k2dist.engine.kernels import select_kernels
 from k2dist.errors import CapacityError, UsageError
 from k2dist.messages import Message
 from k2dist.parallel import Layout
-from k2dist.planner import Terms, configured_terms, plan_memory, reference_form, served_form
+from k2dist.planner import Terms, configured_terms, form_named, plan_memory
 from k2dist.planner.fewer_layers import LayerFit, fewest_layers, first_layers, fit_of, most_layers
 from k2dist.planner.memory import arithmetic, gb
 from k2dist.rehearsal.ceilings import Ceilings, best_of, measure_ceilings
@@ -293,10 +293,8 @@ def _memory(fitted: LayerFit, rank: RehearsedRank, steps: _Steps) -> tuple[Memor
 
 def _terms(rehearsal: Rehearsal, kernels: KernelSet) -> Terms:
     """For the rows of this load; nothing in reserve, since what is free is known."""
-    stream_bytes = kernels.dtype.itemsize
-    is_reference = kernels.name == "reference"
     return Terms(
-        form=reference_form(stream_bytes) if is_reference else served_form(stream_bytes),
+        form=form_named(kernels.name, kernels.dtype.itemsize),
         page_tokens=rehearsal.cluster.cache.page_tokens,
         step_tokens=rehearsal.load.num_rows,
         max_samples=rehearsal.load.num_samples,

@@ -6,13 +6,13 @@ import pytest
 
 from k2dist.config import KIMI_K2, find_architecture
 from k2dist.parallel import check_layout, first_layout, shard_plan
-from k2dist.planner import Terms, plan_memory, served_form
+from k2dist.planner import Terms, plan_memory, triton_form
 from k2dist.planner.fewer_layers import fewest_layers, first_layers, fit_of, most_layers, reads_by_layer
 
 K2 = find_architecture(KIMI_K2)
 EP16 = first_layout(K2, lanes=8, tp=1, expert_only_ranks=8)
 TERMS = Terms(
-    form=served_form(), page_tokens=64, step_tokens=64, max_samples=64, reserve_bytes=0, device_bytes=None
+    form=triton_form(), page_tokens=64, step_tokens=64, max_samples=64, reserve_bytes=0, device_bytes=None
 )
 
 

@@ -8,14 +8,17 @@ import msgspec
 import pytest
 import torch
 from k2kernels import KernelSet
+from k2kernels.native import NoNativeKernelsError, packed
 from torch import Tensor
 
 from k2dist.checkpoint import load_shard
-from k2dist.config import Architecture
+from k2dist.config import Architecture, read_architecture
+from k2dist.demo import MODEL_DIR
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.weights import Mlp, Weights, assemble
 from k2dist.parallel import Layout, first_layout, published_tensors, shard_plan
-from k2dist.planner import Form, Kind, Terms, kind_of, plan_memory, reference_form, served_form
+from k2dist.planner import Form, Kind, Terms, kind_of, native_form, plan_memory, reference_form, triton_form
+from k2dist.planner.held import PANEL, PLAIN_BLOCK, packed_bytes
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -47,7 +50,7 @@ def held_tensors(weights: Weights) -> Iterator[tuple[Kind, Tensor]]:
     if weights.lane is None:
         return
     yield Kind.EMBEDDING, weights.lane.embed_vD
-    yield Kind.HEAD, weights.lane.head_vD
+    yield from ((Kind.HEAD, tensor) for tensor in tensors_of(weights.lane.head_vD))
     yield Kind.NORMS, weights.lane.norm_D
     for layer in weights.lane.layers:
         norms = [
@@ -80,13 +83,13 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 @pytest.mark.parametrize(("lanes", "tp", "alone"), [(1, 1, 0), (2, 4, 0), (3, 2, 1)])
 def test_a_rank_reads_what_its_shard_plan_says(small: Architecture, lanes: int, tp: int, alone: int) -> None:
     layout = first_layout(small, lanes=lanes, tp=tp, expert_only_ranks=alone)
-    plan = plan_memory(small, layout, terms(served_form()))
+    plan = plan_memory(small, layout, terms(triton_form()))
     for rank in plan.ranks:
         assert rank.read_bytes == shard_plan(small, layout, rank.world_rank).num_bytes
 
 
 def test_served_weights_stay_as_published_but_for_kv_b_and_the_router(k2: Architecture) -> None:
-    (rank,) = plan_memory(k2, single(k2), terms(served_form())).ranks
+    (rank,) = plan_memory(k2, single(k2), terms(triton_form())).ranks
     published = dict.fromkeys(Kind, 0)
     for tensor in published_tensors(k2):
         published[kind_of(tensor)] += tensor.num_bytes
@@ -104,20 +107,61 @@ def single(architecture: Architecture) -> Layout:
 def test_a_page_has_the_bytes_that_a_cache_allocates(small: Architecture) -> None:
     for stream_bytes, dtype in DTYPES.items():
         kernels = KernelSet.reference(dtype)
-        plan = plan_memory(small, single(small), terms(served_form(stream_bytes)))
+        plan = plan_memory(small, single(small), terms(triton_form(stream_bytes)))
         cache = LatentCache.allocate(small, num_pages=3, page_tokens=16, kernels=kernels)
         assert cache.num_bytes == 3 * plan.ranks[0].page_bytes
 
 
 def test_a_token_of_k2_takes_70272_bytes(k2: Architecture) -> None:
     """k2_facts 2.2: 576 values of 2 bytes in each of 61 layers."""
-    plan = plan_memory(k2, single(k2), terms(served_form()))
+    plan = plan_memory(k2, single(k2), terms(triton_form()))
     assert plan.ranks[0].page_bytes == 16 * 70_272
 
 
 def test_an_unquantised_model_is_held_as_bfloat16(small: Architecture) -> None:
     plain = msgspec.structs.replace(small, scale_block=None)
-    served = plan_memory(plain, single(plain), terms(served_form())).ranks[0]
+    served = plan_memory(plain, single(plain), terms(triton_form())).ranks[0]
     reference = plan_memory(plain, single(plain), terms(reference_form())).ranks[0]
     for kind in (Kind.EXPERTS, Kind.SHARED_EXPERT, Kind.DENSE, Kind.HEAD):
         assert reference.weights[kind] == 2 * served.weights[kind]
+
+
+@pytest.mark.parametrize(("lanes", "tp", "alone"), [(1, 1, 0), (2, 2, 0), (1, 4, 1)])
+def test_what_the_native_kernels_hold_is_what_was_planned(
+    tiny_model_dir: Path, small: Architecture, lanes: int, tp: int, alone: int
+) -> None:
+    native_kernels()
+    check_native(tiny_model_dir, first_layout(small, lanes=lanes, tp=tp, expert_only_ranks=alone))
+
+
+def test_the_demo_model_is_held_as_planned_by_the_kernels_that_serve_it() -> None:
+    """At the layout of `k2dist demo`, every kind to the byte."""
+    native_kernels()
+    demo = read_architecture(MODEL_DIR)
+    check_native(MODEL_DIR, first_layout(demo, lanes=2, tp=2))
+
+
+def check_native(model_dir: Path, layout: Layout) -> None:
+    architecture = read_architecture(model_dir)
+    plan = plan_memory(architecture, layout, terms(native_form()))
+    for rank in (0, layout.world_size - 1):
+        tensors = load_shard(model_dir, shard_plan(architecture, layout, rank))
+        weights = assemble(tensors, architecture, layout.place(rank), layout.tp, native_kernels())
+        found = dict.fromkeys(Kind, 0)
+        for kind, tensor in held_tensors(weights):
+            found[kind] += tensor.untyped_storage().nbytes()
+        assert plan.ranks[rank].weights == found
+
+
+def native_kernels() -> KernelSet:
+    try:
+        return KernelSet.native()
+    except NoNativeKernelsError as error:
+        pytest.skip(str(error))
+
+
+def test_panels_are_those_of_the_native_layout() -> None:
+    assert (PANEL, PLAIN_BLOCK) == (packed.PANEL, packed.BLOCK)
+    # 576 x 7168 of kv_a: 36 panels, though its scales have a fifth row of blocks that is half empty.
+    assert packed_bytes(576, 7168, 128) == 576 * 7168 + 36 * 56 * 4
+    assert packed_bytes(128, 100, None) == 8 * 16 * 128 * 2, "depth is filled up to 32"

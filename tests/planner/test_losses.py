@@ -7,14 +7,14 @@ import pytest
 
 from k2dist.config import Architecture
 from k2dist.parallel import Layout, first_layout
-from k2dist.planner import Losses, Terms, plan_memory, served_form, survivable_losses
+from k2dist.planner import Losses, Terms, plan_memory, triton_form, survivable_losses
 
 H200, H100 = 150_000_000_000, 84_900_000_000
 
 
 def terms(device_bytes: int | None) -> Terms:
     return Terms(
-        form=served_form(),
+        form=triton_form(),
         page_tokens=64,
         step_tokens=4096,
         max_samples=256,

@@ -20,7 +20,7 @@ from k2dist.planner import (
     configured_terms,
     plan_memory,
     reference_form,
-    served_form,
+    triton_form,
 )
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "cluster_configs").glob("*.yaml"))
@@ -30,7 +30,7 @@ FULL_CONTEXT = 131_072 // 64  # pages
 
 def terms(device_bytes: int | None, **changes: object) -> Terms:
     base = Terms(
-        form=served_form(),
+        form=triton_form(),
         page_tokens=64,
         step_tokens=4096,
         max_samples=256,
