@@ -14,9 +14,7 @@ import math
 
 from k2dist.config.architecture import Architecture
 from k2dist.planner.terms import Terms
-
-SLOT_BYTES = 4  # int32, top_k of them beside each row on its way (comm.exchange)
-FLOAT32_BYTES = 4  # scales of quantised rows, sums, logits
+from k2dist.planner.work import FLOAT32_BYTES, SLOT_BYTES, row_bytes
 
 
 def exchange_bytes(
@@ -27,8 +25,8 @@ def exchange_bytes(
     rows = lanes * terms.step_tokens
     even_pairs = rows * a.top_k * slots / all_slots
     pairs = min(rows * min(a.top_k, slots), math.ceil(terms.imbalance * even_pairs))
-    row_bytes = _row_bytes(a, stream_bytes) + SLOT_BYTES * a.top_k
-    rows_out_and_in = (own_rows * a.top_k + min(rows, pairs)) * row_bytes
+    sent_bytes = row_bytes(a, stream_bytes) + SLOT_BYTES * a.top_k
+    rows_out_and_in = (own_rows * a.top_k + min(rows, pairs)) * sent_bytes
     computed = pairs * 3 * a.moe_intermediate_size * stream_bytes  # gate, up, and their product
     outputs = 2 * (pairs + own_rows * a.top_k) * a.hidden_size * stream_bytes  # sorted, and as they travel
     return rows_out_and_in + computed + outputs
@@ -45,9 +43,3 @@ def activation_bytes(architecture: Architecture, terms: Terms, *, tp: int) -> in
     dense = rows * 3 * (a.intermediate_size // tp) * stream_bytes + partial
     logits = 2 * terms.max_samples * a.vocab_size * FLOAT32_BYTES  # this rank's slice, and all of them
     return stream + max(attention, dense if a.first_dense_layers else 0, logits)
-
-
-def _row_bytes(architecture: Architecture, stream_bytes: int) -> int:
-    """Of one row on its way to experts: quantised where their weights are (k2kernels.wire)."""
-    hidden, block = architecture.hidden_size, architecture.scale_block
-    return hidden * stream_bytes if block is None else hidden + FLOAT32_BYTES * -(-hidden // block)

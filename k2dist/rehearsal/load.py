@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from k2dist.ids import Generation, PageId, RequestId, SeqId
 from k2dist.messages import Grant, Message, NewSequence, PageTable, Sampling, StepPlan
-from k2dist.rehearsal.floor import LaneWork
+from k2dist.planner.work import LaneWork
 
 _TOKEN_STRIDE = 7919  # a prime: neighbouring rows have tokens far from each other
 

@@ -18,14 +18,14 @@ from k2dist.parallel import Layout
 from k2dist.planner import Terms, configured_terms, form_named, plan_memory
 from k2dist.planner.fewer_layers import LayerFit, fewest_layers, first_layers, fit_of, most_layers
 from k2dist.planner.memory import arithmetic, gb
+from k2dist.planner.work import Part, Traffic
 from k2dist.rehearsal.ceilings import Ceilings, best_of, measure_ceilings
 from k2dist.rehearsal.floor import Floor
 from k2dist.rehearsal.load import Load
 from k2dist.rehearsal.memory import held_bytes, peak_of, usable_bytes
-from k2dist.rehearsal.parts import Part, StepTimes
+from k2dist.rehearsal.parts import StepTimes
 from k2dist.rehearsal.rank import RehearsedRank
 from k2dist.rehearsal.report import Exchanged, MemoryLine, PartTime, RehearsalReport
-from k2dist.rehearsal.timed import Traffic
 
 WARM_STEPS = 2  # the first ones touch memory for the first time, and compile kernels where there are such
 

@@ -9,7 +9,6 @@ stream, so that a part's time is the device's, idle gaps of that part included, 
 
 from __future__ import annotations
 
-import enum
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,21 +18,7 @@ from typing import Protocol
 
 import torch
 
-
-class Part(enum.StrEnum):
-    """What a moment of a step is spent on. Norms, residuals and quantising belong to what needs them."""
-
-    HOST = "host"  # plan to batch, and the tokens' bookkeeping
-    EMBEDDING = "embedding"
-    ATTENTION = "attention"
-    ROUTER = "router"
-    DISPATCH = "dispatch"  # packing own rows, sorting what arrived
-    EXPERTS = "experts"
-    COMBINE = "combine"  # into the order of travel, and home into the router's order
-    SHARED = "shared expert"  # with the weighted sum
-    DENSE = "dense MLP"
-    HEAD = "head"
-    SAMPLE = "sample"
+from k2dist.planner.work import Part
 
 
 class Clock(Protocol):

@@ -27,9 +27,9 @@ from k2dist.model.sampler import VocabularySlice
 from k2dist.model.weights import Layer, Weights, assemble_ends, assemble_layer
 from k2dist.parallel import Layout, expert_homes, shard_plan
 from k2dist.planner.fewer_layers import reads_by_layer
-from k2dist.rehearsal.floor import LaneWork
+from k2dist.planner.work import LaneWork, Part
 from k2dist.rehearsal.load import Load
-from k2dist.rehearsal.parts import Part, StepTimes, Stopwatch, clock_of
+from k2dist.rehearsal.parts import StepTimes, Stopwatch, clock_of
 from k2dist.rehearsal.peers import made_up_peers
 from k2dist.rehearsal.timed import CuttingObserver, TimedExchange, timed_kernels
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from k2dist.messages import Message
+from k2dist.planner.work import Part
 from k2dist.rehearsal.ceilings import Ceilings
 from k2dist.rehearsal.load import Load
-from k2dist.rehearsal.parts import Part
 
 
 class PartTime(Message, frozen=True, kw_only=True):

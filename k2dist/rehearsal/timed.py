@@ -20,21 +20,8 @@ from torch import Tensor
 from k2dist.comm import Dispatched, Exchange, RehearsalWorld, Ticket
 from k2dist.config import Architecture
 from k2dist.ids import SlotId, WorldRank
-from k2dist.rehearsal.parts import Part, Stopwatch
-
-_SLOT_BYTES = 4  # int32, beside each row for each of its experts
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Traffic:
-    """What one MoE layer's exchange moved in one step, as this rank sees it; its own rows included."""
-
-    num_rows: int  # this rank's own
-    rows_sent: int  # copies for other ranks
-    rows_arrived: int  # from all ranks
-    row_bytes: int  # on the wire
-    pairs: int  # of row and slot: what this rank's experts computed
-    slots_hit: int = 0  # with at least one pair
+from k2dist.planner.work import SLOT_BYTES, Part, Traffic
+from k2dist.rehearsal.parts import Stopwatch
 
 
 class TimedExchange(Exchange):
@@ -61,7 +48,7 @@ class TimedExchange(Exchange):
             num_rows=len(rows_TW),
             rows_sent=self._world.num_rows_sent - sent_before,
             rows_arrived=len(work.rows_NW),
-            row_bytes=rows_TW.shape[1] * rows_TW.element_size() + _SLOT_BYTES * expert_TK.shape[1],
+            row_bytes=rows_TW.shape[1] * rows_TW.element_size() + SLOT_BYTES * expert_TK.shape[1],
             pairs=len(work.row_M),
         )
         self._moved.append((moved, work.counts_per_slot))

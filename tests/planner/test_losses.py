@@ -7,7 +7,7 @@ import pytest
 
 from k2dist.config import Architecture
 from k2dist.parallel import Layout, first_layout
-from k2dist.planner import Losses, Terms, plan_memory, triton_form, survivable_losses
+from k2dist.planner import Losses, Terms, plan_memory, survivable_losses, triton_form
 
 H200, H100 = 150_000_000_000, 84_900_000_000
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from k2dist.config import KIMI_K2, find_architecture
+from k2dist.planner.work import LaneWork, Part, Traffic
 from k2dist.rehearsal.ceilings import Ceilings
-from k2dist.rehearsal.floor import Floor, LaneWork
-from k2dist.rehearsal.parts import Part
-from k2dist.rehearsal.timed import Traffic
+from k2dist.rehearsal.floor import Floor
 
 K2 = find_architecture(KIMI_K2)
 MEMORY_BOUND = Ceilings(

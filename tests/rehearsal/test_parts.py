@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from k2dist.rehearsal.parts import Part, Stopwatch
+from k2dist.planner.work import Part
+from k2dist.rehearsal.parts import Stopwatch
 
 
 class FakeClock:

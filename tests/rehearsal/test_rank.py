@@ -22,9 +22,9 @@ from k2dist.model import decoder
 from k2dist.model.weights import Weights, assemble
 from k2dist.parallel import Layout, expert_homes, first_layout, shard_plan
 from k2dist.planner import Terms, plan_memory, reference_form
+from k2dist.planner.work import Part
 from k2dist.rehearsal.load import Load
 from k2dist.rehearsal.memory import held_bytes
-from k2dist.rehearsal.parts import Part
 from k2dist.rehearsal.rank import made_up_cache, made_up_weights
 
 if TYPE_CHECKING:
