@@ -25,7 +25,6 @@ from torch import Tensor
 
 from k2dist.bench.bits_world import BitsWorld, Order, Sent, decode_batch, num_places, prompt_batch
 from k2dist.comm import CapacityRule
-from k2dist.comm.layer_bytes import EvenLayer
 from k2dist.config import Architecture, read_architecture
 from k2dist.config.named import KIMI_K2, find_architecture
 from k2dist.engine.kernels import select_kernels
@@ -33,6 +32,7 @@ from k2dist.errors import UsageError
 from k2dist.messages import Message
 from k2dist.model.batch import Batch
 from k2dist.parallel import Layout, first_layout
+from k2dist.planner.layer_bytes import EvenLayer
 
 NUM_TURNS = 15
 CONTEXT = 100

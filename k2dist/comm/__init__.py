@@ -6,10 +6,11 @@ from k2dist.comm.communicator import Communicator
 from k2dist.comm.distributed import DistCommunicator
 from k2dist.comm.exchange import Dispatched, Exchange, Ticket, TokenExchange
 from k2dist.comm.nccl import NcclCommunicator
-from k2dist.comm.padded import Capacity, CapacityRule, PaddedExchange
+from k2dist.comm.padded import PaddedExchange
 from k2dist.comm.rehearsal import PeerRows, RehearsalCommunicator, RehearsalWorld
 from k2dist.comm.rendezvous import host_store, join_store
 from k2dist.comm.threads import ThreadCommunicator, thread_group, thread_world
+from k2dist.parallel.capacity import Capacity, CapacityRule
 
 __all__ = [
     "Alone",

@@ -1,5 +1,6 @@
 """Who computes what: the layout table, experts to slots, and which bytes of a checkpoint each rank reads."""
 
+from k2dist.parallel.capacity import Capacity, CapacityRule
 from k2dist.parallel.files import FileMap, StoredTensor, file_maps
 from k2dist.parallel.layout import Layout, RankPlace, check_layout, legal_tp
 from k2dist.parallel.placement import configured_layout, expert_homes, first_layout
@@ -8,6 +9,8 @@ from k2dist.parallel.shard_plan import ByteRuns, ShardPlan, Skip, TensorRead, sh
 
 __all__ = [
     "ByteRuns",
+    "Capacity",
+    "CapacityRule",
     "FileMap",
     "Layout",
     "Published",

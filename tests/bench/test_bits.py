@@ -15,13 +15,13 @@ from k2dist.bench.bits import FARTHEST, SAME_BITS, BitsReport, measure, publishe
 from k2dist.bench.bits_world import BitsWorld, Order, decode_batch, num_places
 from k2dist.cli.app import app
 from k2dist.comm import CapacityRule
-from k2dist.comm.layer_bytes import EvenLayer
 from k2dist.config import read_architecture
 from k2dist.demo import MODEL_DIR
 from k2dist.engine.kernels import select_kernels
 from k2dist.errors import LayoutError, UsageError
 from k2dist.model.batch import Batch
 from k2dist.parallel import first_layout
+from k2dist.planner.layer_bytes import EvenLayer
 
 ORDERS = ["same bits", "padded exchange", "library kernels", "all-reduce", "reduced returns", "all of these"]
 

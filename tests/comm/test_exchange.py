@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from k2dist.comm import Alone, Capacity, CapacityRule, Exchange, PaddedExchange, thread_world
-from k2dist.comm.layer_bytes import EvenLayer, LayerBytes
+from k2dist.planner.layer_bytes import EvenLayer, LayerBytes
 
 DEADLINE_S = 30.0
 WIDTH = 5

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2dist.comm.exchange import SLOT_BYTES
-from k2dist.comm.padded import Capacity
+from k2dist.parallel import Capacity
+from k2dist.planner.work import SLOT_BYTES
 
 WEIGHT_BYTES = 4  # float32
 
