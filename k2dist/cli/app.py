@@ -12,6 +12,7 @@ from k2dist.cli.chat import chat
 from k2dist.cli.demo import demo
 from k2dist.cli.generate import generate
 from k2dist.cli.inspect import inspect
+from k2dist.cli.plan import plan
 from k2dist.cli.rehearse import rehearse
 from k2dist.cli.serve import serve
 from k2dist.cli.stop import stop
@@ -29,6 +30,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(generate)
 app.command()(stop)
+app.command()(plan)
 app.command()(verify)
 app.command()(rehearse)
 app.add_typer(inspect, name="inspect")

@@ -93,7 +93,7 @@ class NodesConfig(Message, frozen=True, kw_only=True):
     # as its maker does; none: that of `device`, and without either nothing is checked before ranks start.
     device_bytes: Count | None = None
     # Of each device, for what no plan counts: the driver's context, kernels' code, the buffers of NCCL,
-    # captured graphs, fragmentation. Less: more cache, and the first long prompt may find none left.
+    # fragmentation. Less: more cache, and the first long prompt may find none left.
     reserve_bytes: Annotated[int, Meta(ge=0)] = 8 * 2**30
 
 

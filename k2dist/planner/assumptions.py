@@ -30,10 +30,12 @@ class Assumptions(Message, frozen=True, kw_only=True):
     peer_s: float = 0.5e-6  # more for each member: all to all is a message to everybody
     cpu_collective_s: float = 1.5e-3  # over gloo; 2 to 8 processes on two cores: 0.25 to 4.4 ms, measured
     host_step_s: float = 1.5e-3  # plan, agree, batch: the step loop's own, beside the device
+    agree_peer_s: float = 20e-6  # of it for each rank in the agreement before a step
     host_row_s: float = 1.1e-6  # planning and committing one row, measured (k2dist bench scheduler)
     launch_s: float = 5e-6  # one kernel by Python and the driver; the host does it while the device computes
     kernels_per_layer: int = 40  # counted: what a MoE layer launches
-    graph_kernel_s: float = 1.5e-6  # between two kernels of a captured graph; else between two launched ones
+    sync_s: float = 30e-6  # the host hears a count from the device: twice a layer with exact splits
+    gap_s: float = 1.5e-6  # between two kernels, of a graph or launched in time
 
     # -- experts ---------------------------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ class Assumptions(Message, frozen=True, kw_only=True):
     test_rate: float = 8e9  # and reads once more for its self-test
     join_s: float = 5.0  # groups of a generation; NCCL's communicators
     capture_s: float = 1.5  # one graph
-    graph_bytes: int = 100_000_000  # of one graph: its nodes and their arguments
+    graph_bytes: int = 50_000_000  # of one graph: 2,440 nodes with their arguments, 20 KB each
 
     # -- recovery --------------------------------------------------------------------------------------
 

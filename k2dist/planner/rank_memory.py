@@ -1,9 +1,9 @@
 """One rank's memory, and what all ranks of a model at one tp have in common.
 
-    device_bytes = weights + angles + activations + exchange + reserve + pages x page_bytes
+    device_bytes = weights + angles + activations + exchange + graphs + reserve + pages x page_bytes
 
-Weights and pages are exact, activations and exchange are estimates from above (`buffers`), the reserve is the
-config's.
+Weights and pages are exact, activations (the workspace of a step) and exchange are estimates from above
+(`buffers`), graphs are assumed, the reserve is the config's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from k2dist.config.architecture import Architecture
 from k2dist.ids import LaneId, WorldRank
 from k2dist.messages import Message
+from k2dist.planner.assumptions import ASSUMED
 from k2dist.planner.buffers import activation_bytes, exchange_bytes
 from k2dist.planner.held import Kind, LaneBytes, expert_bytes, lane_bytes
 from k2dist.planner.terms import Terms
@@ -30,6 +31,7 @@ class RankMemory(Message, frozen=True, kw_only=True):
     angles: int  # of every position that the model allows
     activations: int
     exchange: int
+    graphs: int = 0
     reserve: int
     page_bytes: int
 
@@ -40,13 +42,14 @@ class RankMemory(Message, frozen=True, kw_only=True):
     @property
     def fixed_bytes(self) -> int:
         """All but pages."""
-        return self.weight_bytes + self.angles + self.activations + self.exchange + self.reserve
+        step_bytes = self.activations + self.exchange + self.graphs
+        return self.weight_bytes + self.angles + step_bytes + self.reserve
 
     def parts(self) -> dict[str, int]:
         """What `fixed_bytes` is the sum of, by name, without what is 0."""
         named = {str(kind): num_bytes for kind, num_bytes in self.weights.items()}
         named |= {"angles": self.angles, "activations": self.activations}
-        named |= {"exchange": self.exchange, "reserve": self.reserve}
+        named |= {"exchange": self.exchange, "graphs": self.graphs, "reserve": self.reserve}
         return {name: num_bytes for name, num_bytes in named.items() if num_bytes}
 
     def free_bytes(self, device_bytes: int) -> int:
@@ -91,6 +94,7 @@ class RankCosts:
             angles=a.max_positions * a.qk_rope_head_dim * ANGLE_BYTES if has_lane else 0,
             activations=activation_bytes(a, terms, tp=self.tp) if has_lane else 0,
             exchange=exchange,
+            graphs=terms.num_graphs * ASSUMED.graph_bytes,
             reserve=terms.reserve_bytes,
             page_bytes=self._page_bytes if has_lane else 0,
         )

@@ -30,6 +30,7 @@ class Terms(Message, frozen=True, kw_only=True):
     max_samples: int  # rows of one step that give logits
     reserve_bytes: int  # of each device, for what is not planned
     device_bytes: int | None  # of one rank's device; None: not known
+    num_graphs: int = 0  # captured, of decode steps
     # Times an even load, on the fullest rank. Our assumption: nothing measured stands behind it yet.
     imbalance: float = 4.0
 
@@ -68,7 +69,15 @@ def configured_terms(config: ClusterConfig) -> Terms:
         max_samples=config.scheduler.max_running,
         reserve_bytes=config.nodes.reserve_bytes,
         device_bytes=device_bytes(config),
+        num_graphs=configured_graphs(config),
     )
+
+
+def configured_graphs(config: ClusterConfig) -> int:
+    """Of decode steps, one for each power of two up to `max_running` rows; a CPU captures none."""
+    if config.ranks.rank_gpus == 0 or config.exchange.capacity_factor is None:
+        return 0
+    return (config.scheduler.max_running - 1).bit_length() + 1
 
 
 def configured_kernels(config: ClusterConfig) -> str:

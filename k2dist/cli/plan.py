@@ -1,0 +1,57 @@
+"""`k2dist plan`: what a cluster holds, survives, takes to start and gives, before anything is rented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from k2dist.cli.plan_view import plan_lines
+from k2dist.config import KIMI_K2, find_architecture
+from k2dist.config.load import load_cluster
+from k2dist.planner import ASSUMED, Workload, fitting_workload, plan_cluster
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="Cluster YAML; see cluster_configs/.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"Model directory or name; default: the config's, else {KIMI_K2}.")
+    ] = None,
+    prompt_len: Annotated[int | None, typer.Option(help="Tokens of a prompt; default: 2000.", min=1)] = None,
+    output_len: Annotated[int | None, typer.Option(help="Tokens of an answer; default: 500.", min=1)] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests under way; default: as many as run at once.", min=1)
+    ] = None,
+    target_tpot: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds that a token may take; fewer run at once, then.", min=0.1),
+    ] = None,
+    disk_gb_s: Annotated[
+        float, typer.Option(help="What one node reads of the checkpoint, GB a second.", min=0.001)
+    ] = ASSUMED.disk_rate / 1e9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Plan a cluster: memory, losses, start, bytes on the wire, tokens a second. Refuses what cannot work."""
+    cluster = load_cluster(config)
+    model = model or cluster.model or KIMI_K2
+    architecture = find_architecture(model)
+    workload = _workload(prompt_len, output_len, concurrency, target_tpot)
+    if prompt_len is None and output_len is None:
+        workload = fitting_workload(cluster, architecture, workload)
+    assumed = msgspec.structs.replace(ASSUMED, disk_rate=disk_gb_s * 1e9)
+    planned = plan_cluster(cluster, model, architecture, workload, assumed=assumed)
+    typer.echo(msgspec.json.encode(planned).decode() if as_json else "\n".join(plan_lines(planned)))
+
+
+def _workload(
+    prompt_len: int | None, output_len: int | None, concurrency: int | None, target_tpot: float | None
+) -> Workload:
+    default = Workload()
+    return Workload(
+        prompt_len=prompt_len or default.prompt_len,
+        output_len=output_len or default.output_len,
+        concurrency=concurrency,
+        target_tpot_s=None if target_tpot is None else target_tpot / 1e3,
+    )
