@@ -1,7 +1,7 @@
-"""`k2dist inspect`: what a layout makes each rank read, and what fits beside it, before anything is started.
+"""`k2dist inspect`: what a layout makes each rank read, byte range by byte range, before anything is started.
 
-`shards` takes byte ranges from the files of a model directory, if it has any, and else from the files that
-`write_checkpoint` would write. No weight is read by either command.
+Ranges are taken from the files of a model directory, if it has any, and else from the files that
+`write_checkpoint` would write. No weight is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from k2dist.config import KIMI_K2, Architecture, find_architecture
-from k2dist.config.cluster import ClusterConfig, ParallelConfig
+from k2dist.config.cluster import ParallelConfig
 from k2dist.config.load import load_cluster
 from k2dist.errors import UsageError
 from k2dist.parallel import (
@@ -29,11 +29,14 @@ from k2dist.parallel import (
     file_maps,
     shard_plans,
 )
-from k2dist.planner import check_memory, configured_terms, plan_memory, survivable_losses
 
-inspect = typer.Typer(
-    help="Say what a layout reads, holds and survives, without starting it.", no_args_is_help=True
-)
+inspect = typer.Typer(help="Say what a layout reads, without starting it.", no_args_is_help=True)
+
+
+@inspect.callback()
+def _group() -> None:
+    """Say what a layout reads, without starting it."""  # else typer would take away the name `shards`
+
 
 Config = Annotated[Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or give --lanes.")]
 Model = Annotated[
@@ -73,37 +76,6 @@ def shards(
         typer.echo(msgspec.json.encode(shown).decode())
     else:
         typer.echo("\n".join(_text(model, layout, files, found)))
-
-
-@inspect.command()
-def memory(
-    config: Annotated[Path, typer.Argument(help="Cluster YAML; see cluster_configs/.")],
-    model: Model = None,
-    as_json: AsJson = False,
-) -> None:
-    """What each rank holds, how many pages fit, and how much can be lost. Fails if it does not fit."""
-    cluster = load_cluster(config)
-    architecture = find_architecture(model or cluster.model or KIMI_K2)
-    layout = configured_layout(architecture, cluster.parallel)
-    terms = configured_terms(cluster)
-    plan = plan_memory(architecture, layout, terms)
-    losses = survivable_losses(
-        architecture,
-        layout,
-        terms,
-        num_nodes=cluster.nodes.num_nodes,
-        least_tokens=_least_tokens(architecture, cluster),
-    )
-    check_memory(plan, cluster.cache.num_pages)
-    if as_json:
-        typer.echo(msgspec.json.encode({"memory": plan, "losses": losses}).decode())
-    else:
-        typer.echo(f"{plan}\n{losses}")
-
-
-def _least_tokens(architecture: Architecture, cluster: ClusterConfig) -> int:
-    """One sequence as long as the cluster takes any."""
-    return min(architecture.max_positions, cluster.cache.num_pages * cluster.cache.page_tokens)
 
 
 def _parallel(lanes: int, tp: int, expert_only_ranks: int) -> ParallelConfig:

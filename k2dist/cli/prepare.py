@@ -13,7 +13,7 @@ from k2dist.config.cluster import ClusterConfig, exposures, faults_between, list
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
 from k2dist.parallel import shard_plans
-from k2dist.planner import check_memory, configured_terms, plan_memory
+from k2dist.planner import Workload, fitting_workload, plan_cluster
 from k2dist.text import Tokenizer
 
 
@@ -42,8 +42,11 @@ def prepare_world(
     if model_dir is None:
         model_dir = MODEL_DIR if config.model is None else Path(config.model)
     world = plan_world(config, model_dir)
-    terms = configured_terms(config)
-    check_memory(plan_memory(read_architecture(model_dir), world.layout, terms), config.cache.num_pages)
+    architecture = read_architecture(model_dir)
+    workload = fitting_workload(config, architecture, Workload())
+    plan_cluster(
+        config, world.model_dir, architecture, workload, layout=world.layout
+    )  # refuses what cannot work
     if is_here:
         for field, address in listen_addresses(config.service):
             check_port(address, field)

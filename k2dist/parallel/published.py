@@ -46,12 +46,22 @@ class Published(Message, frozen=True, kw_only=True):
 
 def published_tensors(architecture: Architecture) -> Iterator[Published]:
     """All tensors that the model computes with, in the order of the layers; scales follow their weights."""
-    hidden, vocab = architecture.hidden_size, architecture.vocab_size
-    yield Published(name="model.embed_tokens.weight", dtype="BF16", shape=(vocab, hidden), share=Share.ROWS)
+    embedding, norm, head = end_tensors(architecture)
+    yield embedding
     for layer in range(architecture.num_layers):
         yield from layer_tensors(architecture, layer)
-    yield Published(name="model.norm.weight", dtype="BF16", shape=(hidden,), share=Share.WHOLE)
-    yield Published(name="lm_head.weight", dtype="BF16", shape=(vocab, hidden), share=Share.ROWS)
+    yield norm
+    yield head
+
+
+def end_tensors(architecture: Architecture) -> tuple[Published, Published, Published]:
+    """Of no layer: the embedding, the last norm and the head."""
+    hidden, vocab = architecture.hidden_size, architecture.vocab_size
+    return (
+        Published(name="model.embed_tokens.weight", dtype="BF16", shape=(vocab, hidden), share=Share.ROWS),
+        Published(name="model.norm.weight", dtype="BF16", shape=(hidden,), share=Share.WHOLE),
+        Published(name="lm_head.weight", dtype="BF16", shape=(vocab, hidden), share=Share.ROWS),
+    )
 
 
 def leftover_tensors(architecture: Architecture) -> Iterator[Published]:

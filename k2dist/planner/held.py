@@ -8,6 +8,7 @@ the latent (kv_b) is absorbed, unquantised; router weights are widened to float3
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 
 from k2dist.config.architecture import Architecture
 from k2dist.messages import Message
@@ -16,8 +17,8 @@ from k2dist.parallel.published import (
     SCALE_SUFFIX,
     Published,
     Share,
+    end_tensors,
     layer_tensors,
-    published_tensors,
 )
 from k2dist.planner.terms import Form
 
@@ -53,13 +54,24 @@ def lane_bytes(architecture: Architecture, tp: int, form: Form) -> LaneBytes:
     """What each rank of a lane reads and holds besides experts."""
     read = dict.fromkeys(Kind, 0)
     held = dict.fromkeys(Kind, 0)
-    for tensor in published_tensors(architecture):
-        if tensor.share is not Share.EXPERT:
-            kind = kind_of(tensor)
-            parts = tp if tensor.share in (Share.ROWS, Share.COLUMNS) else 1
-            read[kind] += tensor.num_bytes // parts
-            held[kind] += _held(tensor, tp, architecture, form)
+    for tensor, times in _shared_tensors(architecture):
+        kind = kind_of(tensor)
+        parts = tp if tensor.share in (Share.ROWS, Share.COLUMNS) else 1
+        read[kind] += times * tensor.num_bytes // parts
+        held[kind] += times * _held(tensor, tp, architecture, form)
     return LaneBytes(read=read, held=held)
+
+
+def _shared_tensors(architecture: Architecture) -> Iterator[tuple[Published, int]]:
+    """What is no expert's: of one layer of each sort, with how many layers are like it, and of the ends."""
+    a = architecture
+    for layer, times in ((0, a.first_dense_layers), (a.first_dense_layers, a.num_moe_layers)):
+        if times:
+            for tensor in layer_tensors(a, layer):
+                if tensor.share is not Share.EXPERT:
+                    yield tensor, times
+    for tensor in end_tensors(a):
+        yield tensor, 1
 
 
 def expert_bytes(architecture: Architecture, form: Form | None = None) -> int:

@@ -106,28 +106,3 @@ def test_bad_usage_is_refused_by_name(arguments: list[str], message: str) -> Non
 def test_an_illegal_layout_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(LayoutError, match="18432 / 32 = 576 cuts a 128-block"):
         say("shards", "--lanes", "1", "--tp", "32")
-
-
-def test_memory_says_what_is_left_and_what_may_be_lost() -> None:
-    text = say("memory", str(CONFIGS / "h200-16x8.yaml"))
-    assert "128 ranks, 0 to 127:" in text
-    assert "  1 ranks, 1 of 16 nodes, with every weight still in a survivor's memory" in text
-    shown = say_json("memory", str(CONFIGS / "b200-1x8.yaml"))
-    assert shown["memory"]["num_pages"] >= 10_000
-    assert shown["losses"]["num_nodes"] == 1
-
-
-def test_memory_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    text = (CONFIGS / "h200-2x8.yaml").read_text()
-    (tmp_path / "one.yaml").write_text(
-        text.replace("lanes: 16", "lanes: 8").replace("num_nodes: 2", "num_nodes: 1")
-    )
-    with pytest.raises(LayoutError, match=r"experts 126\.87 GB \+ .* too much on 8 of 8 ranks"):
-        say("memory", str(tmp_path / "one.yaml"))
-
-
-def test_0905_needs_more_cache_for_its_longer_context() -> None:
-    """Twice the positions: of what is left, half as many of the longest sequences fit."""
-    config = str(CONFIGS / "h200-2x8.yaml")
-    assert "5.9 times the longest context" in say("memory", config)
-    assert "3.0 times the longest context" in say("memory", config, "--model", "kimi-k2-instruct-0905")

@@ -70,7 +70,7 @@ def test_comments_of_committed_configs_say_what_is_so(k2: Architecture) -> None:
             assert float(found[2]) == int(num_tokens / k2.max_positions * 10) / 10
             assert int(found[3]) == round(num_tokens * 70_272 / 1e9)
             num_checked += 1
-    assert num_checked == 5
+    assert num_checked == 6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""`k2dist plan` answers with no model on disk, and refuses with the arithmetic and what would work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from k2dist.cli.app import app
+from k2dist.errors import ConfigError, LayoutError, UsageError
+from k2dist.planner import ClusterPlan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "cluster_configs"
+H200 = CONFIGS / "h200-2x8.yaml"
+
+
+def say(*arguments: str) -> str:
+    """What the command prints; its error if it has one."""
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def say_json(*arguments: str) -> Any:
+    return msgspec.json.decode(say(*arguments, "--json"))
+
+
+def changed(tmp_path: Path, *changes: tuple[str, str]) -> str:
+    """The H200 config with some lines changed."""
+    text = H200.read_text()
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    path = tmp_path / "changed.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_plan_is_one_object_that_others_read_by_name() -> None:
+    """`deploy` and `doctor` take these; names may be added and never change."""
+    shown = say_json(str(CONFIGS / "h200-16x8.yaml"))
+    for name in (
+        "cluster",
+        "model",
+        "device",
+        "kernels",
+        "num_nodes",
+        "ranks_per_node",
+        "world_size",
+        "lanes",
+    ):
+        assert name in shown
+    assert shown["load_s"] == shown["start"]["load_s"] > 60
+    assert shown["ready_s"] == shown["start"]["ready_s"] > shown["load_s"]
+    assert shown["memory"]["ranks"][127]["weights"]["experts"] > 15e9
+    assert shown["losses"]["nodes_in_memory"] == 1
+    assert shown["estimate"]["serving"]["tpot_s"] > 0
+    assert {"decode_bytes", "decode_far_bytes"} <= shown["wire"].keys()
+    assert msgspec.convert(shown, ClusterPlan).world_size == 128
+
+
+def test_a_faster_disk_loads_sooner_by_what_it_reads_faster() -> None:
+    slow, fast = (say_json(str(H200), "--disk-gb-s", rate)["start"] for rate in ("1", "10"))
+    assert slow["node_bytes"] == fast["node_bytes"] == 8 * 77_672_859_488
+    assert slow["load_s"] - fast["load_s"] == pytest.approx(slow["node_bytes"] * (1e-9 - 1e-10))
+    at_one = next(at for at in fast["by_rate"] if at["disk_rate"] == 1e9)
+    assert at_one["load_s"] == slow["load_s"]
+
+
+def test_text_names_what_binds_and_says_that_it_is_an_estimate() -> None:
+    text = say(str(H200), "--prompt-len", "1000", "--output-len", "1000", "--concurrency", "64")
+    assert "16 lanes x tp 1 = 16 ranks" in text
+    assert "serving 64 at once (--concurrency)" in text
+    assert "binds: " in text
+    assert "nothing of it is measured" in text
+
+
+def test_tp_32_is_refused_for_the_block_it_cuts_and_told_what_works(tmp_path: Path) -> None:
+    path = changed(tmp_path, ("lanes: 16", "lanes: 1"), ("tp: 1", "tp: 32"), ("num_nodes: 2", "num_nodes: 4"))
+    with pytest.raises(LayoutError) as caught:
+        say(path)
+    assert "18432 / 32 = 576 cuts a 128-block" in str(caught.value)
+    assert "on these machines would work: lanes: 2, tp: 16" in str(caught.value)
+
+
+def test_one_node_of_h200_at_full_context_is_refused_and_told_what_works(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path,
+        ("lanes: 16", "lanes: 1"),
+        ("tp: 1", "tp: 8"),
+        ("num_nodes: 2", "num_nodes: 1"),
+        ("num_pages: 12000", "num_pages: 2048"),
+    )
+    with pytest.raises(LayoutError) as caught:
+        say(path)
+    fault, less, more = str(caught.value).splitlines()
+    assert "2,048 pages x 4,497,408 bytes = 9.21 GB for 131,072 tokens" in fault
+    assert "experts 126.87 GB" in fault
+    assert less.startswith("on these machines, with less cache: lanes: 1, tp: 8")
+    assert more.startswith("the nearest that would work: 2 nodes of 8")
+
+
+def test_what_is_told_to_work_does(tmp_path: Path) -> None:
+    """The nearest layout of a refusal, taken at its word with all its pages."""
+    refused = changed(tmp_path, ("lanes: 16", "lanes: 8"), ("num_nodes: 2", "num_nodes: 1"))
+    with pytest.raises(LayoutError, match="the nearest that would work: 2 nodes") as caught:
+        say(refused)
+    told = str(caught.value).splitlines()[-1]
+    tp = told.split("tp: ")[1].split(",")[0]
+    lanes = told.split("lanes: ")[1].split(",")[0]
+    pages = told.split("up to ")[1].split(" ")[0].replace(",", "")
+    works = (("lanes: 16", f"lanes: {lanes}"), ("tp: 1", f"tp: {tp}"), ("12000", pages))
+    say(changed(tmp_path, *works))
+    too_many = (*works[:2], ("12000", str(int(pages) + 1)))
+    with pytest.raises(LayoutError, match="use at most"):
+        say(changed(tmp_path, *too_many))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (["--prompt-len", "900000"], UsageError, "a lane's cache holds 768,000"),
+        (["--target-tpot", "2"], UsageError, "with one request in each lane a token takes"),
+        (["--model", "kimi"], UsageError, "not a name"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(
+    arguments: list[str], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        say(str(H200), *arguments)
+
+
+def test_devices_without_the_checkpoints_float8_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"nodes.device=a100: it has no float8"):
+        say(changed(tmp_path, ("device: h200", "device: a100")))
+    with pytest.raises(ConfigError, match=r"nodes.device=h300: no such device here; use h200"):
+        say(changed(tmp_path, ("device: h200", "device: h300")))
+
+
+def test_0905_needs_more_cache_for_its_longer_context() -> None:
+    """Twice the positions: of what is left, half as many of the longest sequences fit."""
+    assert "5.9 times the longest context" in say(str(H200))
+    assert "2.9 times the longest context" in say(str(H200), "--model", "kimi-k2-instruct-0905")
