@@ -8,14 +8,18 @@ from typing import Annotated
 import msgspec
 import typer
 
+from k2dist.cli.plan_search import search_layouts
 from k2dist.cli.plan_view import plan_lines
 from k2dist.config import KIMI_K2, find_architecture
 from k2dist.config.load import load_cluster
+from k2dist.errors import UsageError
 from k2dist.planner import ASSUMED, Workload, fitting_workload, plan_cluster
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="Cluster YAML; see cluster_configs/.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or --search.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help=f"Model directory or name; default: the config's, else {KIMI_K2}.")
     ] = None,
@@ -31,16 +35,31 @@ def plan(
     disk_gb_s: Annotated[
         float, typer.Option(help="What one node reads of the checkpoint, GB a second.", min=0.001)
     ] = ASSUMED.disk_rate / 1e9,
+    is_search: Annotated[
+        bool, typer.Option("--search", help="Rank the layouts of --hardware, in place of a config.")
+    ] = False,
+    hardware: Annotated[str | None, typer.Option(help="With --search: h200, b200, ...")] = None,
+    nodes: Annotated[int, typer.Option(help="With --search: at most so many.", min=1)] = 2,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --search: of a node; default: as usual.", min=1)
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="With --search: a new file for the best config.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan a cluster: memory, losses, start, bytes on the wire, tokens a second. Refuses what cannot work."""
+    workload = _workload(prompt_len, output_len, concurrency, target_tpot)
+    assumed = msgspec.structs.replace(ASSUMED, disk_rate=disk_gb_s * 1e9)
+    if is_search:
+        architecture = find_architecture(model or KIMI_K2)
+        search_layouts(architecture, hardware, nodes, gpus, workload, assumed, write, as_json=as_json)
+        return
+    if config is None:
+        raise UsageError("give a cluster YAML, or --search with --hardware, --nodes and --gpus")
     cluster = load_cluster(config)
     model = model or cluster.model or KIMI_K2
     architecture = find_architecture(model)
-    workload = _workload(prompt_len, output_len, concurrency, target_tpot)
     if prompt_len is None and output_len is None:
         workload = fitting_workload(cluster, architecture, workload)
-    assumed = msgspec.structs.replace(ASSUMED, disk_rate=disk_gb_s * 1e9)
     planned = plan_cluster(cluster, model, architecture, workload, assumed=assumed)
     typer.echo(msgspec.json.encode(planned).decode() if as_json else "\n".join(plan_lines(planned)))
 

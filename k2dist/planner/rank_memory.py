@@ -99,13 +99,18 @@ class RankCosts:
             page_bytes=self._page_bytes if has_lane else 0,
         )
 
-    def evenly(self, world_size: int, lanes: int) -> tuple[RankMemory, ...]:
-        """The fullest ranks of each sort when all experts are spread evenly over `world_size` ranks."""
+    def evenly(self, world_size: int, lanes: int, *, slots: int | None = None) -> tuple[RankMemory, ...]:
+        """The fullest ranks of each sort when all experts are spread evenly over `world_size` ranks, each
+        once, or in `slots` of every rank."""
         a = self.architecture
-        slots = (-(-a.num_experts // world_size),) * a.num_moe_layers
+        of_rank = -(-a.num_experts // world_size) if slots is None else slots
+        all_slots = a.num_experts if slots is None else slots * world_size
         sorts = [LaneId(0)] if world_size == lanes * self.tp else [LaneId(0), None]
         return tuple(
-            self.rank(WorldRank(0), lane, lanes=lanes, slots=slots, all_slots=a.num_experts) for lane in sorts
+            self.rank(
+                WorldRank(0), lane, lanes=lanes, slots=(of_rank,) * a.num_moe_layers, all_slots=all_slots
+            )
+            for lane in sorts
         )
 
 

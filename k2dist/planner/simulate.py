@@ -1,0 +1,423 @@
+"""The real admission, router, schedulers and pages under a virtual clock; only devices' time is estimated.
+
+    arrivals ──> Admission ──choose──> Scheduler of a lane ──plan──> StepModel: how long ──commit──> tokens
+
+Steps go as in `engine.runtime`: one is planned while the one before it computes, and begins when that ends.
+All lanes step together, prompts on the same steps. Nothing here waits: a minute of 128 GPUs takes seconds.
+`check` holds everything's invariants.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from k2dist.cache import PagePool
+from k2dist.config.cluster import ClusterConfig
+from k2dist.coordinator import Admission, choose
+from k2dist.errors import CapacityError, RequestError
+from k2dist.ids import Generation, LaneId, RequestId, SeqId
+from k2dist.messages import Event, LaneLoad, Request, StepPlan, StepResult
+from k2dist.planner.arrivals import Arrival, request_of
+from k2dist.planner.cost import StepCost, StepModel
+from k2dist.planner.loss import Loss
+from k2dist.planner.report import LossReport, Percentiles, SimulationReport, Tally, quantiles
+from k2dist.planner.work import LaneWork
+from k2dist.scheduler import Limits, PrefillCadence, Scheduler
+
+TOKEN = 7  # that every step samples; requests end by their length
+
+
+@dataclass(slots=True)
+class _Client:
+    """One request, as whoever sent it sees it."""
+
+    arrived_s: float
+    prompt_len: int
+    first_s: float | None = None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    scheduler: Scheduler
+    is_up: bool = True
+    num_outputs: int = 0  # sent to it and not ended: what the router sees
+    prompt_len: dict[SeqId, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Launched: `plans` by lane, those with grants. It computes `step_s`, and ends at `end_s`."""
+
+    plans: dict[LaneId, StepPlan]
+    step_s: float
+    end_s: float
+    prompt_rows: int
+    binding: str
+
+
+class Simulation:
+    """`arrivals` in order of time. `max_open`: clients that wait for their answer before the next one comes;
+    None: everybody comes when the clock says so. `most_s`: the virtual time at which it is broken off."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model: StepModel,
+        arrivals: Iterable[Arrival],
+        *,
+        max_open: int | None = None,
+        loss: Loss | None = None,
+        most_s: float | None = None,
+    ) -> None:
+        self.now_s = 0.0
+        self.num_arrived = self.num_finished = self.num_refused = 0
+        self._config = config
+        self._model = model
+        self._architecture = model.site.architecture
+        self._limits = limits_of(config)
+        self._arrivals = iter(arrivals)
+        self._next = next(self._arrivals, None)
+        self._max_open = max_open
+        self._loss = loss
+        self._most_s = most_s
+        self._loss_report: LossReport | None = None
+        self._admission = Admission(config.service.max_queued)
+        self._again: deque[Request] = deque()  # of a lost lane, until another has room
+        self._lanes = {LaneId(lane): _Lane(self._scheduler()) for lane in range(model.site.lanes)}
+        self._clients: dict[RequestId, _Client] = {}
+        self._cadence = PrefillCadence(self._limits.prefill_every)
+        self._under_way: _Step | None = None
+        self._num_steps = 0
+        self._tally = Tally()
+        self._most_running = self._most_waiting = 0
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def turn(self) -> bool:
+        """One turn of every rank's step loop, or a leap to the next arrival; false once all is done."""
+        self._meet_loss()
+        self._take_arrivals()
+        launched = self._launch()
+        if self._under_way is not None:
+            self.now_s = self._under_way.end_s
+            self._commit(self._under_way)
+        elif launched is None and not self._leap():
+            return False
+        self._under_way = launched
+        return self._most_s is None or self.now_s < self._most_s
+
+    def _leap(self) -> bool:
+        """Nobody has work: to the next arrival, or the lost lane's return; false if there is nothing more."""
+        times_s = [self._next.at_s] if self._next is not None else []
+        if self._loss_report is not None and len(self._up()) < len(self._lanes):
+            times_s.append(self._loss_report.lane_back_s)
+        if not times_s:
+            return False
+        until_s = max(min(times_s), self.now_s)
+        self._tally.idle_s += until_s - self.now_s
+        self.now_s = until_s
+        return True
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def _take_arrivals(self) -> None:
+        while self._next is not None and self._next.at_s <= self.now_s and self._has_client():
+            arrival = self._next
+            self._next = next(self._arrivals, None)
+            self._offer(arrival)
+        self._send_queued()
+
+    def _has_client(self) -> bool:
+        return self._max_open is None or len(self._clients) < self._max_open
+
+    def _offer(self, arrival: Arrival) -> None:
+        a = self._architecture
+        request = request_of(arrival, self.num_arrived, a.vocab_size, a.max_positions)
+        self.num_arrived += 1
+        # Who waits for an answer sends the next request then; who comes by the clock has come by it.
+        arrived_s = arrival.at_s if self._max_open is None else self.now_s
+        try:
+            self._admission.offer(request, self.now_s, deadline_s=self.now_s + self._config.service.queue_s)
+        except CapacityError:
+            self.num_refused += 1
+            return
+        self._clients[request.request_id] = _Client(arrived_s, len(request.prompt))
+        self._send_queued()
+
+    def _send_queued(self) -> None:
+        """As the coordinator's dispatcher: those of a lost lane first, they were accepted."""
+        while loads := self._loads():
+            if self._again:
+                request = self._again.popleft()
+            else:
+                admitted = self._admission.take(1, self.now_s)
+                for expired in admitted.expired:
+                    self._refuse(expired.request_id)
+                if not admitted.ready:
+                    return
+                (request,) = admitted.ready
+            self._add(choose(request.prompt, loads), request)
+
+    def _loads(self) -> list[LaneLoad]:
+        return [
+            LaneLoad(lane=lane_id, num_running=lane.num_outputs, num_waiting=0, num_pages=0, num_pages_free=0)
+            for lane_id, lane in self._lanes.items()
+            if lane.is_up and lane.num_outputs < self._limits.max_running
+        ]
+
+    def _add(self, lane_id: LaneId, request: Request) -> None:
+        lane = self._lanes[lane_id]
+        try:
+            events = lane.scheduler.add(request, self.now_s)
+        except (RequestError, CapacityError):
+            self._refuse(request.request_id)
+            return
+        lane.num_outputs += 1
+        self._take_events(lane, events)
+
+    def _refuse(self, request_id: RequestId) -> None:
+        self.num_refused += 1
+        del self._clients[request_id]
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def _launch(self) -> _Step | None:
+        """Plan all lanes' next step, and say when it will end; None if there is nothing to compute."""
+        allows_prefill = self._cadence.allows_prefill
+        plans: dict[LaneId, StepPlan] = {}
+        works: list[LaneWork] = []
+        for lane_id, lane in self._up().items():
+            plan = lane.scheduler.plan(Generation(0), self._num_steps, self.now_s, prefill=allows_prefill)
+            self._note_new(lane, plan)
+            if plan.grants:
+                plans[lane_id] = plan
+                works.append(self._work(lane, plan))
+        if not plans:
+            self._cadence.note(has_prompts=False, has_decodes=False)
+            return None
+        self._cadence.note(
+            has_prompts=any(work.prompt_rows for work in works),
+            has_decodes=any(work.decode_rows for work in works),
+        )
+        self._num_steps += 1
+        cost = self._cost(works)
+        begin_s = self.now_s if self._under_way is None else self._under_way.end_s
+        return _Step(
+            plans, cost.step_s, begin_s + cost.step_s, sum(work.prompt_rows for work in works), cost.binding
+        )
+
+    def _note_new(self, lane: _Lane, plan: StepPlan) -> None:
+        for new in plan.new:
+            if new.seq_id in lane.prompt_len:  # it ran before: somebody took its pages
+                self._tally.num_preempted += 1
+            lane.prompt_len[new.seq_id] = len(new.prompt)
+
+    def _work(self, lane: _Lane, plan: StepPlan) -> LaneWork:
+        decode_rows = prompt_rows = prompts = starts = 0
+        keys = 0
+        for grant in plan.grants:
+            if grant.start < lane.prompt_len[grant.seq_id]:
+                prompts += 1
+                prompt_rows += grant.num_tokens
+                starts += grant.start
+            else:
+                decode_rows += grant.num_tokens
+                keys += grant.num_tokens * (grant.start + 1)
+        rows = decode_rows + prompt_rows
+        return LaneWork(
+            num_rows=rows,
+            own_rows=self._model.site.own_rows(rows),
+            decode_rows=decode_rows,
+            num_keys=keys / max(decode_rows, 1),
+            prompt_rows=prompt_rows,
+            prompts=max(prompts, 1),
+            prompt_start=starts / max(prompts, 1),
+        )
+
+    def _cost(self, works: list[LaneWork]) -> StepCost:
+        """Of the lane that takes longest, which is the one with most prompt rows or most keys under it."""
+        world_rows = sum(work.num_rows for work in works)
+        candidates = {
+            max(works, key=lambda work: (work.prompt_rows, work.num_rows)),
+            max(works, key=lambda work: work.decode_rows * work.num_keys),
+        }
+        return max((self._model.step(work, world_rows) for work in candidates), key=lambda cost: cost.step_s)
+
+    def _commit(self, step: _Step) -> None:
+        num_tokens = 0
+        for lane_id, plan in step.plans.items():
+            lane = self._lanes[lane_id]
+            seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
+            num_tokens += len(seq_ids)
+            result = StepResult(
+                generation=plan.generation,
+                step=plan.step,
+                seq_ids=seq_ids,
+                token_ids=(TOKEN,) * len(seq_ids),
+                logprobs=(None,) * len(seq_ids),
+            )
+            self._take_events(lane, lane.scheduler.commit(result, self.now_s))
+        loads = [lane.scheduler.load(lane_id) for lane_id, lane in self._lanes.items()]
+        running = sum(load.num_running for load in loads)
+        waiting = sum(load.num_waiting for load in loads) + len(self._admission) + len(self._again)
+        self._most_running = max(self._most_running, running)
+        self._most_waiting = max(self._most_waiting, waiting)
+        free = sum(load.num_pages_free for load in loads)
+        self._tally.step(
+            end_s=step.end_s,
+            step_s=step.step_s,
+            outputs=num_tokens,
+            prompts=step.prompt_rows,
+            running=running,
+            waiting=waiting,
+            pages_used=1.0 - free / sum(load.num_pages for load in loads),
+            binding=step.binding,
+        )
+
+    def _take_events(self, lane: _Lane, events: tuple[Event, ...]) -> None:
+        for event in events:
+            client = self._clients[event.request_id]
+            client.num_tokens += len(event.token_ids)
+            if client.first_s is None:
+                client.first_s = self.now_s
+            if event.finish is not None:
+                self._finish(lane, event, client, client.first_s)
+
+    def _finish(self, lane: _Lane, event: Event, client: _Client, first_s: float) -> None:
+        tally = self._tally
+        lane.num_outputs -= 1
+        self.num_finished += 1
+        del self._clients[event.request_id]
+        tally.ttfts_s.append(first_s - client.arrived_s)
+        tally.wholes_s.append(self.now_s - client.arrived_s)
+        if client.num_tokens > 1:
+            tally.tpots_s.append((self.now_s - first_s) / (client.num_tokens - 1))
+        if event.usage is not None:
+            tally.prompt_tokens += event.usage.prompt_tokens
+            tally.cached_tokens += event.usage.cached_tokens
+
+    # -- a rank is lost --------------------------------------------------------------------------------
+
+    def _meet_loss(self) -> None:
+        loss = self._loss
+        if loss is None or self.now_s < loss.at_s:
+            return
+        if self._loss_report is None:
+            self._lose(loss)
+        report = self._loss_report
+        if report is not None and report.lane is not None and self.now_s >= report.lane_back_s:
+            self._lanes[LaneId(report.lane)].is_up = True
+
+    def _lose(self, loss: Loss) -> None:
+        """The step under way is repeated once the others go on; the lost lane's requests go elsewhere."""
+        requests: tuple[Request, ...] = ()
+        if loss.lane is not None:
+            lane_id = LaneId(loss.lane)
+            requests = self._lanes[lane_id].scheduler.live()
+            self._lanes[lane_id] = _Lane(self._scheduler(), is_up=False)
+            if self._under_way is not None:
+                self._under_way.plans.pop(lane_id, None)
+        self._again.extend(requests)
+        if self._under_way is not None:
+            step = self._under_way
+            self._under_way = _Step(
+                step.plans,
+                step.step_s,
+                self.now_s + loss.pause_s + step.step_s,
+                step.prompt_rows,
+                step.binding,
+            )
+        else:
+            self.now_s += loss.pause_s
+        self._loss_report = LossReport(
+            world_rank=loss.world_rank,
+            lane=loss.lane,
+            at_s=loss.at_s,
+            pause_s=loss.pause_s,
+            lane_back_s=loss.at_s + loss.lane_back_s,
+            num_readmitted=len(requests),
+            num_tokens_recomputed=sum(
+                len(request.prompt) + sum(map(len, request.generated.values())) for request in requests
+            ),
+        )
+
+    # -- the whole -------------------------------------------------------------------------------------
+
+    def report(self) -> SimulationReport:
+        tally = self._tally
+        duration_s = max(self.now_s, 1e-9)
+        total_s = max(sum(tally.binding_s.values()), 1e-9)
+        return SimulationReport(
+            num_requests=self.num_arrived,
+            num_finished=self.num_finished,
+            num_refused=self.num_refused,
+            num_steps=self._num_steps,
+            duration_s=self.now_s,
+            idle_s=tally.idle_s,
+            output_tokens_per_s=sum(step[2] for step in tally.steps) / duration_s,
+            prompt_tokens_per_s=sum(step[3] for step in tally.steps) / duration_s,
+            ttft_s=Percentiles.of(tally.ttfts_s),
+            tpot_s=Percentiles.of(tally.tpots_s),
+            whole_s=Percentiles.of(tally.wholes_s),
+            step_s=Percentiles.of([step[1] for step in tally.steps]),
+            num_preempted=tally.num_preempted,
+            cached_share=tally.cached_tokens / max(tally.prompt_tokens, 1),
+            most_running=self._most_running,
+            most_waiting=self._most_waiting,
+            imbalance=self._model.site.assumed.imbalance,
+            binding={name: seconds / total_s for name, seconds in tally.binding_s.most_common()},
+            loss=self._loss_report,
+            ttfts_s=quantiles(tally.ttfts_s),
+            tpots_s=quantiles(tally.tpots_s),
+            moments=tally.moments(),
+        )
+
+    def check(self) -> None:
+        """Assert that no request is lost, and what each core asserts of itself."""
+        self._admission.check()
+        for lane in self._lanes.values():
+            lane.scheduler.check()
+            assert len(lane.scheduler.live()) == lane.num_outputs, "the router miscounts a lane"
+        held = sum(lane.num_outputs for lane in self._lanes.values())
+        assert len(self._clients) == held + len(self._admission) + len(self._again), "a request is lost"
+        assert self.num_arrived == self.num_finished + self.num_refused + len(self._clients)
+
+    def _up(self) -> dict[LaneId, _Lane]:
+        return {lane_id: lane for lane_id, lane in self._lanes.items() if lane.is_up}
+
+    def _scheduler(self) -> Scheduler:
+        cache = self._config.cache
+        return Scheduler(
+            self._limits,
+            PagePool(cache.num_pages, cache.page_tokens),
+            end_token_ids=frozenset(),
+            token_bytes=_no_bytes,
+            max_positions=self._architecture.max_positions,
+        )
+
+
+def simulate(simulation: Simulation) -> Iterator[Simulation]:
+    """Turn after turn, for whoever shows how far it is."""
+    while simulation.turn():
+        yield simulation
+
+
+def limits_of(config: ClusterConfig) -> Limits:
+    """Of one lane's scheduler, as configured."""
+    scheduler = config.scheduler
+    return Limits(
+        step_tokens=scheduler.step_tokens,
+        chunk_tokens=scheduler.chunk_tokens,
+        prefill_every=scheduler.prefill_every,
+        max_running=scheduler.max_running,
+        max_waiting=scheduler.max_waiting,
+        ageing_s=scheduler.ageing_s,
+        reuse_generated=config.cache.reuse_generated,
+    )
+
+
+def _no_bytes(token_id: int) -> bytes:
+    return b""
