@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from k2dist.cli.plan_search import search_layouts
+from k2dist.cli.plan_simulate import Asked, run_simulation
 from k2dist.cli.plan_view import plan_lines
 from k2dist.config import KIMI_K2, find_architecture
 from k2dist.config.load import load_cluster
@@ -44,6 +45,27 @@ def plan(
         int | None, typer.Option(help="With --search: of a node; default: as usual.", min=1)
     ] = None,
     write: Annotated[Path | None, typer.Option(help="With --search: a new file for the best config.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--simulate", help="Simulate this trace; planner/arrivals.py says its form."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Simulate so many requests a second.", min=1e-6)] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="Simulate so many; without --rate always --concurrency of them at once.", min=1),
+    ] = None,
+    shared: Annotated[
+        float, typer.Option(help="Of each simulated prompt, what 16 groups have in common.", min=0, max=0.99)
+    ] = 0.0,
+    sigma: Annotated[
+        float, typer.Option(help="Spread of simulated lengths: of their logarithm.", min=0, max=3)
+    ] = 0.5,
+    skew: Annotated[
+        float | None,
+        typer.Option(help="Simulate experts wanted in proportion to 1 / place^skew.", min=0, max=4),
+    ] = None,
+    lose: Annotated[str | None, typer.Option(help="RANK@SECONDS: a simulated rank dies then.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="HTML file for the simulation's curves.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan a cluster: memory, losses, start, bytes on the wire, tokens a second. Refuses what cannot work."""
@@ -61,6 +83,19 @@ def plan(
     if prompt_len is None and output_len is None:
         workload = fitting_workload(cluster, architecture, workload)
     planned = plan_cluster(cluster, model, architecture, workload, assumed=assumed)
+    if trace is not None or rate is not None or requests is not None:
+        asked = Asked(
+            trace=trace,
+            rate=rate,
+            requests=requests,
+            shared=shared,
+            sigma=sigma,
+            skew=skew,
+            lose=lose,
+            plot=plot,
+        )
+        run_simulation(cluster, architecture, planned, workload, asked, as_json=as_json)
+        return
     typer.echo(msgspec.json.encode(planned).decode() if as_json else "\n".join(plan_lines(planned)))
 
 
