@@ -84,7 +84,9 @@ def search(
     found, refused = [], ""
     for config in configs:
         try:
-            found.append(_found(architecture, config, workload, assumed))
+            one = _found(architecture, config, workload, assumed)
+            if one.copies == 1 or one.nodes_in_memory > 0:  # else attention's slices lie once: of no use
+                found.append(one)
         except UsageError as error:
             refused = str(error)
     if not found:

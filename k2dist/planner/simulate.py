@@ -112,7 +112,8 @@ class Simulation:
     def _leap(self) -> bool:
         """Nobody has work: to the next arrival, or the lost lane's return; false if there is nothing more."""
         times_s = [self._next.at_s] if self._next is not None else []
-        if self._loss_report is not None and len(self._up()) < len(self._lanes):
+        is_waiting = bool(self._again) or len(self._admission) > 0
+        if self._loss_report is not None and is_waiting and len(self._up()) < len(self._lanes):
             times_s.append(self._loss_report.lane_back_s)
         if not times_s:
             return False
@@ -251,7 +252,6 @@ class Simulation:
         for lane_id, plan in step.plans.items():
             lane = self._lanes[lane_id]
             seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
-            num_tokens += len(seq_ids)
             result = StepResult(
                 generation=plan.generation,
                 step=plan.step,
@@ -259,7 +259,8 @@ class Simulation:
                 token_ids=(TOKEN,) * len(seq_ids),
                 logprobs=(None,) * len(seq_ids),
             )
-            self._take_events(lane, lane.scheduler.commit(result, self.now_s))
+            # Not all that was sampled: what a preempted sequence had under way is sampled again.
+            num_tokens += self._take_events(lane, lane.scheduler.commit(result, self.now_s))
         loads = [lane.scheduler.load(lane_id) for lane_id, lane in self._lanes.items()]
         running = sum(load.num_running for load in loads)
         waiting = sum(load.num_waiting for load in loads) + len(self._admission) + len(self._again)
@@ -277,14 +278,18 @@ class Simulation:
             binding=step.binding,
         )
 
-    def _take_events(self, lane: _Lane, events: tuple[Event, ...]) -> None:
+    def _take_events(self, lane: _Lane, events: tuple[Event, ...]) -> int:
+        """Returns how many tokens came."""
+        num_tokens = 0
         for event in events:
             client = self._clients[event.request_id]
+            num_tokens += len(event.token_ids)
             client.num_tokens += len(event.token_ids)
             if client.first_s is None:
                 client.first_s = self.now_s
             if event.finish is not None:
                 self._finish(lane, event, client, client.first_s)
+        return num_tokens
 
     def _finish(self, lane: _Lane, event: Event, client: _Client, first_s: float) -> None:
         tally = self._tally

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from k2dist.cli.app import app
+from k2dist.demo import MODEL_DIR
 from k2dist.errors import ConfigError, LayoutError, UsageError
 from k2dist.planner import ClusterPlan
 
@@ -147,3 +148,42 @@ def test_0905_needs_more_cache_for_its_longer_context() -> None:
     """Twice the positions: of what is left, half as many of the longest sequences fit."""
     assert "5.9 times the longest context" in say(str(H200))
     assert "2.9 times the longest context" in say(str(H200), "--model", "kimi-k2-instruct-0905")
+
+
+def test_a_rate_is_simulated_and_its_curves_are_drawn(tmp_path: Path) -> None:
+    laptop, demo = str(CONFIGS / "laptop.yaml"), str(MODEL_DIR)
+    curves = tmp_path / "curves.html"
+    asked = ("--model", demo, "--rate", "50", "--requests", "30", "--prompt-len", "40", "--output-len", "10")
+    text = say(laptop, *asked, "--plot", str(curves))
+    assert "30 finished, 0 refused" in text
+    assert curves.read_text().count("<svg") == 7
+    shown = say_json(laptop, *asked, "--lose", "2@0.2")
+    assert shown["num_finished"] == 30
+    assert shown["loss"]["lane"] == 1
+
+
+def test_a_trace_is_simulated_as_it_stands(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"at_s": at, "prompt_len": 20, "output_len": 5} for at in (0.0, 0.1, 7.5)]
+    trace.write_text("\n".join(msgspec.json.encode(line).decode() for line in lines))
+    laptop = (str(CONFIGS / "laptop.yaml"), "--model", str(MODEL_DIR))
+    shown = say_json(*laptop, "--simulate", str(trace))
+    assert (shown["num_requests"], shown["num_finished"]) == (3, 3)
+    assert shown["duration_s"] > 7.5
+    with pytest.raises(UsageError, match="leave out --rate"):
+        say(*laptop, "--simulate", str(trace), "--rate", "1")
+    with pytest.raises(UsageError, match="--lose 9@1: use RANK@SECONDS"):
+        say(*laptop, "--simulate", str(trace), "--lose", "9@1")
+
+
+def test_a_search_writes_a_config_that_can_be_planned(tmp_path: Path) -> None:
+    best = tmp_path / "best.yaml"
+    text = say("--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
+    assert "layouts that fit" in text
+    assert "b200-1x8: kimi-k2-instruct on one node of 8 x b200" in say(str(best))
+    with pytest.raises(UsageError, match="it exists"):
+        say("--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
+    with pytest.raises(UsageError, match="--hardware None: name the devices"):
+        say("--search")
+    with pytest.raises(UsageError, match="give a cluster YAML, or --search"):
+        say()
