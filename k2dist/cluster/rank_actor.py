@@ -72,7 +72,10 @@ class RankActor:
         self._runtime = runtime
 
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
-        """Become a member of all groups of a generation; `peers` are all rank actors. Errors: PeerError."""
+        """Become a member of all groups of a generation; `peers` are all rank actors.
+
+        Errors: PeerError; ConfigError if ranks are not alike.
+        """
         from k2dist.cluster.groups import join_groups
         from k2dist.comm.nccl import ENVIRONMENT
 
@@ -88,6 +91,8 @@ class RankActor:
             address=listen_address(config.network.address),
             device=device,
             deadlines=config.deadlines,
+            fingerprint=self._loaded().fingerprint(),
+            allows_mix=config.ranks.allow_mix,
         )
         self._loaded().join(comms, _ActorBells(peers), meeting.generation)
 
