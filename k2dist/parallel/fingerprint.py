@@ -1,7 +1,7 @@
 """What ranks must have in common to compute together, and what only their bits depend on. Pure.
 
-    must be equal      k2dist, model, dtype, tp                         else they do not even speak alike
-    should be equal    kernels, kernel_versions, torch, device          else a request's bits depend on its lane
+    must be equal      k2dist, model, dtype, tp                     else they do not even speak alike
+    should be equal    kernels, kernel_versions, torch, device      else a request's bits depend on its lane
 
 The second kind is refused too, unless the config says `ranks.allow_mix`: recovery, and a lane chosen by load,
 then stay correct and no longer give the same bits (`engine/BITS.md`).
