@@ -1,6 +1,6 @@
 """What is wrong with the machines before anything is loaded: facts in, findings with remedies out. Pure.
 
-    k2dist.probe ──ClusterFacts──> diagnose(facts, needs) ──findings──> `k2dist doctor`, `k2dist serve`
+k2dist.probe ──ClusterFacts──> diagnose(facts, needs) ──findings──> `k2dist doctor`, `k2dist serve`
 """
 
 from k2dist.doctor.diagnosis import diagnose

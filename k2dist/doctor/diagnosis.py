@@ -51,7 +51,9 @@ def hosts_of(facts: ClusterFacts, needs: Needs | None) -> frozenset[str]:
     return frozenset(
         node.node
         for node in facts.ray_nodes
-        if all(node.total.get(name, 0.0) + PRECISION >= amount for name, amount in needs.rank_resources.items())
+        if all(
+            node.total.get(name, 0.0) + PRECISION >= amount for name, amount in needs.rank_resources.items()
+        )
     )
 
 
@@ -96,7 +98,7 @@ def _gpu_name(node: NodeFacts) -> str:
 
 
 def _difference(nodes: Sequence[NodeFacts], value: Callable[[NodeFacts], str]) -> str | None:
-    """Between the first node that has a value and the first that has another; nodes without one do not count."""
+    """Between the first node with a value and the first with another one; those without any do not count."""
     having = [node for node in nodes if value(node)]
     for other in having[1:]:
         if value(other) != value(having[0]):

@@ -39,9 +39,7 @@ class Needs(Message, frozen=True, kw_only=True):
         return math.ceil(self.world_size / (self.num_nodes or max(num_hosts, 1)))
 
 
-def needs_of(
-    config: ClusterConfig, architecture: Architecture, layout: Layout, *, joins_ray: bool
-) -> Needs:
+def needs_of(config: ClusterConfig, architecture: Architecture, layout: Layout, *, joins_ray: bool) -> Needs:
     """Of `config` over this model. Raises `LayoutError` for a layout that is not legal."""
     terms = configured_terms(config)
     plan = plan_memory(architecture, layout, terms)

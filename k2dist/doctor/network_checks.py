@@ -118,9 +118,7 @@ def link_findings(links: Sequence[Link], needs: Needs | None) -> Iterator[Findin
             )
 
 
-def _link(
-    link: Link, usual_latency_s: float | None, usual_rate: float | None, num_exchanges: int
-) -> Finding:
+def _link(link: Link, usual_latency_s: float | None, usual_rate: float | None, num_exchanges: int) -> Finding:
     where = _between(link.nodes)
     check = f"link {link.transport}"
     if link.latency_s is None or link.bytes_per_s is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def rounds(nodes: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], ...]:
-    """The circle method: n - 1 rounds of n / 2 pairs (n rounds if n is odd, with one node resting in each)."""
+    """The circle method: n - 1 rounds of n / 2 pairs; n rounds if n is odd, with one node resting in each."""
     seats: list[str | None] = [*nodes] if len(nodes) % 2 == 0 else [*nodes, None]
     found = []
     for _ in range(len(seats) - 1):

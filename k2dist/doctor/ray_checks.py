@@ -24,7 +24,9 @@ def ray_findings(facts: ClusterFacts, needs: Needs | None) -> Iterator[Finding]:
     yield from _room(nodes, needs)
     for group in facts.placement_groups:
         if group.state in _PENDING:
-            yield warning("placement", f"group {group.name or '(no name)'} waits: {explain(group, nodes)}", _WAIT)
+            yield warning(
+                "placement", f"group {group.name or '(no name)'} waits: {explain(group, nodes)}", _WAIT
+            )
     yield from _uncounted_gpus(facts, nodes)
 
 
@@ -51,7 +53,7 @@ def _room(nodes: Sequence[RayNode], needs: Needs | None) -> Iterator[Finding]:
     elif needs.num_nodes is not None and len(enough) < needs.num_nodes:
         yield error(
             "ray",
-            f"nodes.num_nodes={needs.num_nodes} with {per_node} ranks each, and {len(enough)} nodes have that "
+            f"nodes.num_nodes={needs.num_nodes} with {per_node} ranks each, and {len(enough)} nodes have so "
             f"much room: {shown}",
             "give Ray more or larger nodes, or another nodes.num_nodes",
         )
