@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 
 from k2dist.cli.environment import ray_address, records_dir
+from k2dist.cli.examine import examine
 from k2dist.cli.progress import StartProgress
 from k2dist.cluster.process_mark import mark_process
 from k2dist.cluster.record import ClusterRecord, read_record, remove_record, write_record
@@ -21,16 +23,29 @@ from k2dist.service.gateway_actor import GatewayActor
 
 @contextmanager
 def launched(
-    world: World, progress: StartProgress, *, is_detached: bool
+    world: World, progress: StartProgress, *, is_detached: bool, is_examined: bool = False
 ) -> Iterator[tuple[Cluster, ClusterStatus]]:
-    """A serving cluster, its start shown by `progress`. SIGTERM and SIGHUP end it as Ctrl-C does."""
+    """A serving cluster, its start shown by `progress`. SIGTERM and SIGHUP end it as Ctrl-C does.
+
+    `is_examined`: its machines are looked at before anything is loaded; CapacityError if they will not do.
+    """
     address, name = ray_address(), world.config.name
     _refuse_second(name)
     with interrupts(), ExitStack() as showing:
         showing.enter_context(progress)
+        look = None
+        if is_examined and address is None:  # before Ray is started: there is no other machine to look at
+            examine(world, progress.note, joins_ray=False)
+        elif is_examined:
+            look = partial(examine, world, progress.note, joins_ray=True)
         progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
         with start_cluster(
-            world, CoordinatorActor, GatewayActor, ray_address=address, is_detached=is_detached
+            world,
+            CoordinatorActor,
+            GatewayActor,
+            ray_address=address,
+            is_detached=is_detached,
+            look=look,
         ) as cluster:
             interrupts_again()  # Ray has set its own meanwhile
             try:

@@ -31,6 +31,9 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Let it listen beyond this machine, without keys.")] = False,
     detach: Annotated[bool, typer.Option(help="Return once it serves; `k2dist stop` ends it.")] = False,
+    doctor: Annotated[
+        bool, typer.Option(help="Look at the machines first (`k2dist doctor --quick`); errors stop it.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one JSON object.")] = False,
 ) -> None:
     """Bring a cluster up and keep it up: until Ctrl-C, or detached."""
@@ -44,7 +47,7 @@ def serve(
     )
     progress = start_progress(is_quiet=as_json)
     try:
-        with launched(world, progress, is_detached=detach) as (cluster, status):
+        with launched(world, progress, is_detached=detach, is_examined=doctor) as (cluster, status):
             typer.echo(_as_json(world, status) if as_json else _as_text(world, status, is_detached=detach))
             sys.stdout.flush()
             cluster.is_left_running = detach

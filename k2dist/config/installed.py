@@ -9,6 +9,8 @@ from pathlib import Path
 
 DIGEST_CHARS = 12  # of digests that people compare by eye
 _CODE = (".py", ".so")
+# What makes a checkpoint this one, without its weights: those are checked by manifest and self-test.
+MODEL_FILES = ("config.json", "model.safetensors.index.json", "tiktoken.model", "tokenizer_config.json")
 
 
 def version_of(distribution: str) -> str:

@@ -61,7 +61,7 @@ def _same_on_all(nodes: Sequence[NodeFacts], needs: Needs | None) -> Iterator[Fi
     allows_mix = needs is not None and needs.allows_mix
     has_difference = False
     for field, may_be_mixed in _COMPARED.items():
-        what = _difference(nodes, lambda node, field=field: getattr(node.versions, field))
+        what = _difference(nodes, _version(field))
         if what is not None:
             has_difference = True
             say = warning if may_be_mixed and allows_mix else error
@@ -87,6 +87,10 @@ def _alike(
     found = _difference(nodes, value)
     if found is not None:
         yield warning(check, what + found, remedy)
+
+
+def _version(field: str) -> Callable[[NodeFacts], str]:
+    return lambda node: str(getattr(node.versions, field))
 
 
 def _driver(node: NodeFacts) -> str:

@@ -148,7 +148,7 @@ def _between(nodes: tuple[str, ...]) -> str:
     if len(nodes) > 2:
         return f"all {len(nodes)} nodes at once"
     if nodes[0] == nodes[1]:
-        return f"two processes on {nodes[0]}"
+        return f"two on {nodes[0]}"
     return f"{nodes[0]} and {nodes[1]}"
 
 

@@ -15,9 +15,12 @@ Resources = Mapping[str, float]
 
 
 def ray_findings(facts: ClusterFacts, needs: Needs | None) -> Iterator[Finding]:
-    """Of a Ray that runs."""
+    """Of the Ray that was joined, or of its absence."""
     nodes = facts.ray_nodes
     if nodes is None:
+        if needs is not None and (needs.num_nodes or 1) > 1:
+            remedy = "start Ray on all of them and set RAY_ADDRESS, or drop nodes.num_nodes"
+            yield error("ray", f"this machine alone, and nodes.num_nodes={needs.num_nodes}", remedy)
         return
     for silent in facts.silent:
         yield error("ray", silent.reason, "look at that machine and at its raylet's log", silent.node)

@@ -7,18 +7,14 @@ from pathlib import Path
 import torch
 from k2kernels import KernelSet
 
-from k2dist import __version__
-from k2dist.config.installed import code_digest, files_digest
+from k2dist.config.installed import MODEL_FILES, code_digest, files_digest, version_of
 from k2dist.parallel.fingerprint import Fingerprint
-
-# What makes a checkpoint this one, without its weights: those are checked by manifest and self-test.
-MODEL_FILES = ("config.json", "model.safetensors.index.json", "tiktoken.model", "tokenizer_config.json")
 
 
 def fingerprint(model_dir: Path, kernels: KernelSet, tp: int, device: torch.device) -> Fingerprint:
     """Of a rank with these; reads about 20 MB of sources and index."""
     return Fingerprint(
-        k2dist=f"{__version__} {code_digest('k2dist')}",
+        k2dist=f"{version_of('k2dist')} {code_digest('k2dist')}",
         model=files_digest(model_dir, MODEL_FILES),
         dtype=str(kernels.dtype).removeprefix("torch."),
         tp=tp,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from k2dist.doctor import Level, diagnose
+from k2dist.doctor import Level, diagnose, errors_of
 from k2dist.doctor.facts import PlacementGroup, RayNode
 from k2dist.doctor.pairings import rounds
 from k2dist.doctor.ray_checks import explain
-from tests.doctor.machines import CPU_NEEDS, cluster, ray_node
+from tests.doctor.machines import CPU_NEEDS, cluster, cpu_node, ray_node
 
 TWO = (ray_node("a", CPU=2.0), ray_node("b", CPU=2.0))
 
@@ -95,3 +95,10 @@ def test_every_pair_meets_once_and_nobody_twice_in_a_round(count: int) -> None:
         asked = [node for pair in each for node in pair]
         assert len(asked) == len(set(asked))
     assert len(made) == (count - 1 if count % 2 == 0 else count)
+
+
+def test_a_machine_alone_is_not_two() -> None:
+    alone = replace(cluster(cpu_node()), ray_nodes=None)
+    (found,) = errors_of(diagnose(alone, CPU_NEEDS))
+    assert (found.check, found.what) == ("ray", "this machine alone, and nodes.num_nodes=2")
+    assert errors_of(diagnose(alone, replace(CPU_NEEDS, num_nodes=None))) == ()
