@@ -20,7 +20,7 @@ def fingerprint(model_dir: Path, kernels: KernelSet, tp: int, device: torch.devi
         tp=tp,
         kernels=kernels.name,
         kernel_versions=(*kernels.versions, f"code {code_digest('k2kernels')}"),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         device=_device_name(device),
     )
 
