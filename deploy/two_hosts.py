@@ -4,11 +4,11 @@
     sudo .venv/bin/python deploy/two_hosts.py --once   # asks it and ends
 
          namespace k2-<pid>-a                                  namespace k2-<pid>-b
-         10.77.0.1  Ray's head, supervisor,     veth pair     10.77.0.2  Ray's second node,
-                    coordinator, two ranks   <───────────>               two ranks
+         10.77.0.1  Ray's head, supervisor,    veth pair    10.77.0.2  Ray's second node,
+                    coordinator, two ranks   <─────────>               two ranks
 
-The two share this machine's cores, memory and files, and nothing of its network: ranks 0 and 1 reach ranks 2
-and 3 over the pair and no other way, so what only works on one machine fails here. Needs root, for `ip netns`.
+The two share this machine's cores, memory and files, and nothing of its network: ranks 0 and 1 reach ranks
+2 and 3 over the pair and no other way, so what works on one machine only fails here. Root, for `ip netns`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ RAY_PORT = 6379
 CPUS = 2  # that each node's Ray has to give: with one for each rank, two ranks a host
 OBJECT_STORE_BYTES = 80 * 2**20
 UP_S = 60.0
+# A host that is lost says nothing. Ray's own defaults (3 s, 10 s, 5 times) notice it after more than a minute.
+NOTICE = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
 GONE_S = 20.0
 
 
@@ -136,7 +142,7 @@ def ray_on(first: Host, second: Host) -> Iterator[str]:
         for host, role in ((first, head), (second, [f"--address={address}"])):
             words = stack.enter_context(Path(directory, f"{host.link}.log").open("w"))
             own = f"--node-ip-address={host.address}"
-            started = host.start(*ray, *size, *role, own, output=words)
+            started = host.start(*ray, *size, *role, own, output=words, **NOTICE)
             stack.callback(_end, started, signal.SIGTERM)
             _await_words(started, Path(words.name), "Ray runtime started")
         yield address
@@ -162,7 +168,7 @@ def ask(first: Host, question: str) -> str:
     output, _ = chat.communicate(question, timeout=UP_S)
     if chat.returncode != 0:
         raise SystemExit(f"two_hosts: `k2dist chat` failed: {output}")
-    answer: str = json.loads(output)["text"]
+    answer: str = json.loads(output)["content"]
     return answer
 
 
