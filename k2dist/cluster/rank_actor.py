@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from msgspec.structs import replace
 
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import UnavailableError
@@ -21,6 +22,7 @@ from k2dist.messages import (
     EventBatch,
     LaneLoad,
     LiveRequest,
+    LoadSeconds,
     Message,
     RankProgress,
     RankStats,
@@ -68,7 +70,15 @@ class RankActor:
         from k2dist.engine import RankRuntime
 
         runtime = RankRuntime(rank_spec(self._world, self._world_rank))
-        runtime.load(self._note_progress)
+        report = runtime.load(self._note_progress)
+        progress = self._progress
+        seconds = LoadSeconds(
+            find_s=progress.find_s,
+            read_s=progress.read_s,
+            lay_out_s=report.load_s - progress.find_s - progress.read_s,
+            test_s=report.self_test.test_s,
+        )
+        self._progress = replace(progress, seconds=seconds)
         self._runtime = runtime
 
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
