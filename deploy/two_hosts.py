@@ -34,7 +34,7 @@ RAY_PORT = 6379
 CPUS = 2  # that each node's Ray has to give: with one for each rank, two ranks a host
 OBJECT_STORE_BYTES = 80 * 2**20
 UP_S = 60.0
-# A host that is lost says nothing. Ray's own defaults (3 s, 10 s, 5 times) notice it after more than a minute.
+# A lost host says nothing, and by its defaults (3 s, 10 s, 5 times) Ray needs more than 45 s to notice.
 NOTICE = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
