@@ -143,7 +143,7 @@ def ray_on(first: Host, second: Host) -> Iterator[str]:
             words = stack.enter_context(Path(directory, f"{host.link}.log").open("w"))
             own = f"--node-ip-address={host.address}"
             started = host.start(*ray, *size, *role, own, output=words, **NOTICE)
-            stack.callback(_end, started, signal.SIGTERM)
+            stack.callback(_end, started, signal.SIGKILL)  # what it started ends with its namespace
             _await_words(started, Path(words.name), "Ray runtime started")
         yield address
 

@@ -155,7 +155,10 @@ def _read_all(readers: Sequence[Connection]) -> tuple[_RankRead, ...]:
 
 
 def _answer(reader: Connection) -> _RankRead | None:
-    """What a reader says: first nothing, which is that it is ready, then of each read. Errors: CheckpointError, PeerError."""
+    """What a reader says: first nothing, as it is ready, then of each read.
+
+    Errors: CheckpointError, PeerError.
+    """
     try:
         if not reader.poll(START_S):
             raise PeerError(f"a process that reads a shard said nothing for {START_S:g} s")

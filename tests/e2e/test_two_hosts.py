@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "two_hosts.py"
+ACTORS = tuple(f"ray::{kind}" for kind in ("Supervisor", "Rank", "Coordinator", "Gateway", "Prober"))
 LOST_S = 45.0  # from the loss of a host to the end of the cluster: Ray's health check, and the ranks' end
 
 
@@ -80,5 +81,5 @@ def test_a_cluster_over_two_hosts_is_looked_at_answers_and_ends_when_one_is_lost
     assert any(f"world rank {rank} " in error["message"] for rank in gone), error["message"]
     assert took_s < LOST_S
     left = [psutil.Process(pid).name() for pid in first.pids()]
-    assert not [name for name in left if name.startswith("ray::") and "IDLE" not in name], left
+    assert not [name for name in left if name.startswith(ACTORS)], left
     assert second.pids() == []
