@@ -215,12 +215,24 @@ class StepResult(Message, frozen=True, kw_only=True):
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # in the order of the plan's scoring grants
 
 
+class LoadSeconds(Message, frozen=True, kw_only=True):
+    """What a rank's load took, part after part."""
+
+    find_s: float  # config, shard plan, index and headers, up to the first bytes of a tensor
+    read_s: float  # its tensors
+    lay_out_s: float  # for the kernels, and its pages
+    test_s: float
+
+
 class RankProgress(Message, frozen=True, kw_only=True):
     """How far a rank is before it is ready: its shard is loaded first, then tested."""
 
     num_bytes: int = 0  # of the shard; 0: not known yet
     num_bytes_loaded: int = 0
     num_bytes_tested: int = 0
+    find_s: float = 0.0  # as in LoadSeconds, as far as it is known
+    read_s: float = 0.0
+    seconds: LoadSeconds | None = None  # once it is ready
 
 
 class LaneLoad(Message, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import typer
 from k2dist.cli.bench import bench
 from k2dist.cli.chat import chat
 from k2dist.cli.demo import demo
+from k2dist.cli.doctor import doctor
 from k2dist.cli.generate import generate
 from k2dist.cli.inspect import inspect
 from k2dist.cli.plan import plan
@@ -31,6 +32,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(stop)
 app.command()(plan)
+app.command()(doctor)
 app.command()(verify)
 app.command()(rehearse)
 app.add_typer(inspect, name="inspect")

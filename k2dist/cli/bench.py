@@ -7,6 +7,7 @@ import typer
 from k2dist.cli.bench_bits import bits
 from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
+from k2dist.cli.bench_load import load
 from k2dist.cli.bench_offline import offline
 from k2dist.cli.bench_scheduler import scheduler
 
@@ -16,3 +17,4 @@ bench.command()(offline)
 bench.command()(bits)
 bench.command()(grammar)
 bench.command()(latency)
+bench.command()(load)

@@ -54,6 +54,9 @@ class StartProgress(Protocol):
     def stage(self, text: str) -> None:
         """A new stage begins."""
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
     def show(self, status: ClusterStatus) -> None:
         """How far the cluster is."""
 
@@ -74,6 +77,8 @@ class _Silence:
 
     def stage(self, text: str) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def show(self, status: ClusterStatus) -> None: ...
 
 
@@ -93,6 +98,9 @@ class _Lines(_Silence):
         if text != self._stage:
             self._stage = text
             self._say(text)
+
+    def note(self, text: str) -> None:
+        self._say(text)
 
     def show(self, status: ClusterStatus) -> None:
         for rank in status.ranks:
@@ -144,6 +152,9 @@ class _Bars:
 
     def stage(self, text: str) -> None:
         self._progress.update(self._stage, description=text)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
 
     def show(self, status: ClusterStatus) -> None:
         self.stage(_STAGES[status.phase])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
 from k2dist.config.load import load_cluster
 from k2dist.errors import UnavailableError
+from k2dist.observe.readiness import Readiness, StageClock
 
 
 def serve(
@@ -31,6 +33,9 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Let it listen beyond this machine, without keys.")] = False,
     detach: Annotated[bool, typer.Option(help="Return once it serves; `k2dist stop` ends it.")] = False,
+    doctor: Annotated[
+        bool, typer.Option(help="Look at the machines first (`k2dist doctor --quick`); errors stop it.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one JSON object.")] = False,
 ) -> None:
     """Bring a cluster up and keep it up: until Ctrl-C, or detached."""
@@ -43,9 +48,15 @@ def serve(
         is_here=ray_address() is None,
     )
     progress = start_progress(is_quiet=as_json)
+    clock = StageClock(time.monotonic())
     try:
-        with launched(world, progress, is_detached=detach) as (cluster, status):
-            typer.echo(_as_json(world, status) if as_json else _as_text(world, status, is_detached=detach))
+        with launched(world, progress, is_detached=detach, is_examined=doctor, clock=clock) as (
+            cluster,
+            status,
+        ):
+            ready = clock.end(time.monotonic(), [rank.progress for rank in status.ranks])
+            text = _as_text(world, status, ready, is_detached=detach)
+            typer.echo(_as_json(world, status, ready) if as_json else text)
             sys.stdout.flush()
             cluster.is_left_running = detach
             if not detach:
@@ -72,20 +83,21 @@ def _watch(cluster: Cluster) -> None:
         typer.echo("\ndraining; Ctrl-C again ends it at once", err=True)
 
 
-def _as_text(world: World, status: ClusterStatus, *, is_detached: bool) -> str:
+def _as_text(world: World, status: ClusterStatus, ready: Readiness, *, is_detached: bool) -> str:
     parallel = world.config.parallel
     layout = f"{parallel.lanes} lanes x tp {parallel.tp}, {world.layout.world_size} ranks"
     end = f"`k2dist stop --name {world.config.name}` ends it." if is_detached else "Ctrl-C ends it."
     where = f"{status.address} (gRPC)" + (f" and http://{status.http}" if status.http else "")
-    return f"{world.config.name} serves {world.model_dir} at {where} ({layout}). {end}"
+    return f"{world.config.name} serves {world.model_dir} at {where} ({layout}). {end}\n{ready}"
 
 
-def _as_json(world: World, status: ClusterStatus) -> str:
+def _as_json(world: World, status: ClusterStatus, ready: Readiness) -> str:
     shown = {
         "cluster": world.config.name,
         "model": world.model_dir,
         "address": status.address,
         "http": status.http,
         "ranks": status.ranks,
+        "ready": ready,
     }
     return msgspec.json.encode(shown).decode()

@@ -6,10 +6,12 @@ import torch
 
 from k2dist.cluster.world import Rendezvous
 from k2dist.comm import Alone, Communicator, DistCommunicator, NcclCommunicator, join_store
+from k2dist.comm.introductions import introduce
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.engine import RankComms
 from k2dist.ids import WorldRank
 from k2dist.parallel import Layout
+from k2dist.parallel.fingerprint import Fingerprint, Introduction
 
 
 def join_groups(
@@ -20,13 +22,24 @@ def join_groups(
     address: str,
     device: torch.device,
     deadlines: DeadlinesConfig,
+    fingerprint: Fingerprint,
+    allows_mix: bool,
 ) -> RankComms:
-    """Meet the other ranks; this one listens at `address`. Collective, over all ranks of `layout`.
+    """Meet the other ranks; this one listens at `address`. Collective, over all ranks of `layout`. Before any
+    group is made, all see that they are alike; ConfigError if they are not.
 
     Data and control have a group each, so that a plan never waits behind rows. Rows on a CUDA `device` travel
     over NCCL; plans are on the CPU, and travel over gloo. Errors: PeerError.
     """
     store = join_store(meeting.host, meeting.port, deadlines.join_s)
+    introduce(
+        store,
+        Introduction(world_rank=world_rank, node=address, fingerprint=fingerprint),
+        generation=meeting.generation,
+        num_ranks=layout.world_size,
+        allows_mix=allows_mix,
+        deadline_s=deadlines.join_s,
+    )
 
     def data_group(name: str, members: tuple[WorldRank, ...]) -> Communicator:
         if device.type == "cpu" or len(members) == 1:

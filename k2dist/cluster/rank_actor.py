@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from msgspec.structs import replace
 
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.errors import UnavailableError
@@ -21,6 +22,7 @@ from k2dist.messages import (
     EventBatch,
     LaneLoad,
     LiveRequest,
+    LoadSeconds,
     Message,
     RankProgress,
     RankStats,
@@ -68,11 +70,22 @@ class RankActor:
         from k2dist.engine import RankRuntime
 
         runtime = RankRuntime(rank_spec(self._world, self._world_rank))
-        runtime.load(self._note_progress)
+        report = runtime.load(self._note_progress)
+        progress = self._progress
+        seconds = LoadSeconds(
+            find_s=progress.find_s,
+            read_s=progress.read_s,
+            lay_out_s=report.load_s - progress.find_s - progress.read_s,
+            test_s=report.self_test.test_s,
+        )
+        self._progress = replace(progress, seconds=seconds)
         self._runtime = runtime
 
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
-        """Become a member of all groups of a generation; `peers` are all rank actors. Errors: PeerError."""
+        """Become a member of all groups of a generation; `peers` are all rank actors.
+
+        Errors: PeerError; ConfigError if ranks are not alike.
+        """
         from k2dist.cluster.groups import join_groups
         from k2dist.comm.nccl import ENVIRONMENT
 
@@ -88,6 +101,8 @@ class RankActor:
             address=listen_address(config.network.address),
             device=device,
             deadlines=config.deadlines,
+            fingerprint=self._loaded().fingerprint(),
+            allows_mix=config.ranks.allow_mix,
         )
         self._loaded().join(comms, _ActorBells(peers), meeting.generation)
 

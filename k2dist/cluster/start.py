@@ -110,9 +110,11 @@ def start_cluster(
     *,
     ray_address: str | None,
     is_detached: bool,
+    look: Callable[[], None] | None = None,
 ) -> Iterator[Cluster]:
     """Begin a cluster in the Ray at `ray_address`, or in one of its own. It ends with the context, unless
-    `is_left_running` was set; while it runs it is held by a lease, unless it is detached.
+    `is_left_running` was set; while it runs it is held by a lease, unless it is detached. `look` is called
+    once Ray is joined, before anything is started in it, and may raise.
 
     Errors: CapacityError (Ray, CPUs, a cluster of that name), PeerError.
     """
@@ -126,6 +128,8 @@ def start_cluster(
         stack.callback(ray.shutdown)
         join_ray(ray_address, name)
         check_capacity(world)
+        if look is not None:
+            look()
         actor = _start_supervisor(world, service, gateway, has_lease=not is_detached)
         cluster = Cluster(name, actor, deadlines, host)
         stack.callback(cluster.end, "its driver is done")

@@ -74,6 +74,9 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
 class RanksConfig(Message, frozen=True, kw_only=True):
     """What one rank takes of a machine. Ray counts these; it does not enforce them."""
 
+    # Let ranks differ in kernels, torch or kind of device. A request's bits then depend on its lane, and it
+    # may go on otherwise after a recovery than it would have; without it such a world is refused.
+    allow_mix: bool = False
     rank_cpus: Annotated[float, Meta(gt=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
     rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other

@@ -33,6 +33,7 @@ from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
 from k2dist.engine.guard import RowGuard
+from k2dist.engine.identity import fingerprint
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
 from k2dist.engine.load_progress import LoadProgress, Tell
@@ -46,6 +47,7 @@ from k2dist.messages import Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
+from k2dist.parallel.fingerprint import Fingerprint
 from k2dist.scheduler import Limits, PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
 
@@ -141,6 +143,11 @@ class RankRuntime:
     def device(self) -> torch.device:
         """Where its rows are, and so what its groups must carry. Weights are loaded to the CPU so far."""
         return torch.device("cpu")
+
+    def fingerprint(self) -> Fingerprint:
+        """What its peers must have in common with it."""
+        model_dir, tp = Path(self._spec.model_dir), self._spec.layout.tp
+        return fingerprint(model_dir, self._kernels, tp, self.device)
 
     # -- from any thread -------------------------------------------------------------------------------
 
