@@ -30,7 +30,12 @@ def launched(
         showing.enter_context(progress)
         progress.stage("starting Ray" if address is None else f"joining the Ray at {address}")
         with start_cluster(
-            world, CoordinatorActor, GatewayActor, ray_address=address, is_detached=is_detached
+            world,
+            CoordinatorActor,
+            GatewayActor,
+            ray_address=address,
+            is_detached=is_detached,
+            tell=progress.stage,
         ) as cluster:
             interrupts_again()  # Ray has set its own meanwhile
             try:

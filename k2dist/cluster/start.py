@@ -20,7 +20,7 @@ from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from k2dist.cluster import placement, supervisor
 from k2dist.cluster.gateway_process import Gateway
-from k2dist.cluster.placement import check_capacity
+from k2dist.cluster.placement import await_capacity, detached_here
 from k2dist.cluster.ray_host import RayHost, start_host
 from k2dist.cluster.service_process import Service
 from k2dist.cluster.status import ClusterStatus
@@ -110,11 +110,13 @@ def start_cluster(
     *,
     ray_address: str | None,
     is_detached: bool,
+    tell: Callable[[str], None],
 ) -> Iterator[Cluster]:
     """Begin a cluster in the Ray at `ray_address`, or in one of its own. It ends with the context, unless
-    `is_left_running` was set; while it runs it is held by a lease, unless it is detached.
+    `is_left_running` was set; while it runs it is held by a lease, unless it is detached. `tell` hears what
+    it waits for.
 
-    Errors: CapacityError (Ray, CPUs, a cluster of that name), PeerError.
+    Errors: CapacityError (Ray, machines, a cluster of that name), PeerError.
     """
     name, deadlines = world.config.name, world.config.deadlines
     with ExitStack() as stack:
@@ -125,7 +127,8 @@ def start_cluster(
             ray_address = host.process.address
         stack.callback(ray.shutdown)
         join_ray(ray_address, name)
-        check_capacity(world)
+        _clear_orphans(name)
+        await_capacity(world, tell)
         actor = _start_supervisor(world, service, gateway, has_lease=not is_detached)
         cluster = Cluster(name, actor, deadlines, host)
         stack.callback(cluster.end, "its driver is done")
@@ -172,13 +175,21 @@ def sweep(namespace: str) -> list[str]:
     return names
 
 
+def _clear_orphans(name: str) -> None:
+    """End what a supervisor that died, with its node or by itself, has left: nobody else would."""
+    try:
+        ray.get_actor(supervisor.NAME, namespace=name)
+    except ValueError:
+        sweep(name)
+
+
 def _start_supervisor(
     world: World, service: type[Service], gateway: type[Gateway], *, has_lease: bool
 ) -> Any:
     try:
         return (
             ray.remote(supervisor.Supervisor)
-            .options(name=supervisor.NAME, lifetime="detached", num_cpus=0, max_restarts=0)
+            .options(**detached_here(supervisor.NAME))
             .remote(world, service, gateway, has_lease=has_lease)
         )
     except ValueError as error:  # Ray's only answer to a name that is taken
