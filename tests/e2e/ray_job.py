@@ -26,7 +26,7 @@ UP_S = 60.0
 
 
 def build_wheel(directory: Path) -> Path:
-    """k2dist's, without the native library: it takes a compiler half a minute. The sources are a copy, so that
+    """k2dist's, without the native library, which takes a compiler half a minute. Of a copy of the sources:
     nothing is built into the checkout."""
     sources = directory / "sources"
     for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
@@ -84,12 +84,13 @@ class DashboardRay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        tree = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.terminate()
-        psutil.wait_procs(tree, timeout=15)
-        self._process.wait(15)
-        for left in filter(is_living, tree):
-            left.kill()
+        """Jobs have ended in order; Ray itself, which takes its time, need not."""
+        host = psutil.Process(self._process.pid)
+        tree = [host, *host.children(recursive=True)]
+        for process in filter(is_living, tree):
+            process.kill()
+        psutil.wait_procs(tree, timeout=10)
+        self._process.wait(10)
         self._log.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         Path(f"{self._directory}.log").unlink()
