@@ -126,7 +126,7 @@ def start_cluster(
             stack.callback(host.stop, _HOST_STOP_S)
             ray_address = host.process.address
         stack.callback(ray.shutdown)
-        join_ray(ray_address, name)
+        _join_once_there(ray_address, name, deadlines.nodes_s, tell)
         _clear_orphans(name)
         await_capacity(world, tell)
         actor = _start_supervisor(world, service, gateway, has_lease=not is_detached)
@@ -141,12 +141,14 @@ def start_cluster(
             ray.shutdown()
 
 
-def find_cluster(name: str, deadlines: DeadlinesConfig) -> Cluster | None:
-    """The cluster of this name in the Ray that was joined with its name as the namespace."""
+def find_cluster(name: str) -> Cluster | None:
+    """The cluster of this name in the Ray that was joined, if its supervisor is there and answers."""
     try:
-        return Cluster(name, ray.get_actor(supervisor.NAME, namespace=name), deadlines, None)
-    except ValueError:
+        actor = ray.get_actor(supervisor.NAME, namespace=name)
+        deadlines = ray.get(actor.deadlines.remote(), timeout=DeadlinesConfig().call_s)
+    except (ValueError, GetTimeoutError, RayActorError):
         return None
+    return Cluster(name, actor, deadlines, None)
 
 
 def join_ray(address: str, namespace: str) -> None:
@@ -158,6 +160,21 @@ def join_ray(address: str, namespace: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CapacityError(f"no Ray at {address}: {reason}; start one, or unset RAY_ADDRESS") from error
+
+
+def _join_once_there(address: str, namespace: str, nodes_s: float, tell: Callable[[str], None]) -> None:
+    """`join_ray`, tried again for `nodes_s`: this machine may be one of those that have not joined yet."""
+    give_up_s = time.monotonic() + nodes_s
+    while True:
+        try:
+            join_ray(address, namespace)
+        except CapacityError:
+            if time.monotonic() >= give_up_s:
+                raise
+            tell(f"waiting for the Ray at {address}")
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def sweep(namespace: str) -> list[str]:
