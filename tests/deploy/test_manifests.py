@@ -87,19 +87,30 @@ def test_fields_that_nobody_knows_are_faults(rendered: dict[str, Objects]) -> No
 @pytest.mark.parametrize(
     ("component", "label"), [("kueue", "kueue.x-k8s.io/queue-name"), ("volcano", "volcano.sh/queue-name")]
 )
-@pytest.mark.parametrize("overlay_name", ["h200-2x8", "h200-2x8-job"])
-def test_all_pods_or_none_is_a_component(
-    tmp_path: Path, component: str, label: str, overlay_name: str
-) -> None:
-    there = os.path.relpath(ROOT / "deploy/kuberay", tmp_path.resolve())
-    text = {
-        "resources": [f"{there}/overlays/{overlay_name}"],
-        "components": [f"{there}/components/{component}"],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(text))
-    objects = MANIFESTS.read(MANIFESTS.render(str(tmp_path)))
-    (labelled,) = (one for one in objects if one["kind"] in ("RayCluster", "RayJob"))
+@pytest.mark.parametrize("name", ["h200-2x8", "h200-2x8-job"])
+def test_all_pods_or_none_is_a_component(tmp_path: Path, component: str, label: str, name: str) -> None:
+    objects = with_component(tmp_path, name, component)
+    (labelled,) = (one for one in objects if one["kind"] in MANIFESTS.CRD_FILES)
     assert labelled["metadata"]["labels"][label] == "k2dist"
+
+
+def test_a_secret_can_be_mounted(tmp_path: Path) -> None:
+    """Keys and certificates, for the one pod that asks for them."""
+    objects = with_component(tmp_path, "cpu-demo", "keys")
+    assert list(MANIFESTS.faults(objects, None)) == []
+    mounts = {
+        part: [mount["mountPath"] for mount in group.container["volumeMounts"]]
+        for part, group in parts(objects).items()
+    }
+    assert [part for part, paths in mounts.items() if "/etc/k2dist-secrets" in paths] == ["service"]
+
+
+def with_component(directory: Path, overlay: str, component: str) -> Objects:
+    there = os.path.relpath(ROOT / "deploy/kuberay", directory.resolve())
+    made = {"resources": [f"{there}/overlays/{overlay}"], "components": [f"{there}/components/{component}"]}
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(made))
+    objects: Objects = MANIFESTS.read(MANIFESTS.render(str(directory)))
+    return objects
 
 
 # -- of one mind with the program ----------------------------------------------------------------------------
@@ -130,8 +141,9 @@ def test_the_configuration_is_the_one_of_bare_machines(objects: Objects, overlay
     """Up to where it listens, where the weights are, and patience."""
     there = load_cluster(ROOT / "cluster_configs" / LIKE[overlay])
     here = MANIFESTS.cluster_config(objects)
-    for section in ("parallel", "ranks", "nodes", "exchange", "kernels", "dtype"):
+    for section in ("parallel", "ranks", "exchange", "kernels", "dtype"):
         assert getattr(here, section) == getattr(there, section), section
+    assert here.nodes.num_nodes == there.nodes.num_nodes
 
 
 def test_the_mounted_configuration_is_the_one_that_serves(objects: Objects, overlay: str) -> None:
@@ -201,20 +213,18 @@ def test_the_startup_probe_outlasts_the_start(objects: Objects, overlay: str) ->
     assert MANIFESTS.start_s(config) <= window_s <= 2 * MANIFESTS.start_s(config)
 
 
-def test_the_plan_expects_no_more(rendered: dict[str, Objects], tmp_path: Path) -> None:
+def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
     """`k2dist plan` counts more than bytes over the disk's speed."""
     if "plan" not in typer.main.get_command(app).commands:
         pytest.skip("there is no `k2dist plan` yet")
     for overlay in ("h200-2x8", "h200-4x8-rdma"):
-        objects = rendered[overlay]
-        limits = MANIFESTS.cluster_config(objects).deadlines
-        (config,) = of_kind(objects, "ConfigMap")
-        path = tmp_path / f"{overlay}.yaml"
-        path.write_text(config["data"]["cluster.yaml"])
+        limits = MANIFESTS.cluster_config(rendered[overlay]).deadlines
+        path = ROOT / "cluster_configs" / LIKE[overlay]  # the same layout, and it names the device
         asked = CliRunner().invoke(app, ["plan", str(path), "--model", "kimi-k2-instruct", "--json"])
+        assert asked.exit_code == 0, asked.output
         plan = json.loads(asked.stdout)
         assert plan["load_s"] < limits.load_s
-        probe = parts(objects)["service"].container["startupProbe"]
+        probe = parts(rendered[overlay])["service"].container["startupProbe"]
         assert limits.nodes_s + plan["ready_s"] <= probe["periodSeconds"] * probe["failureThreshold"]
 
 
