@@ -1,10 +1,11 @@
-# Two verbs for a fresh machine: `make demo` answers questions, `make test` proves the tree. `make gpu`: on one GPU.
+# Two verbs for a fresh machine: `make demo` answers questions, `make test` proves the tree. `make gpu`: on one GPU;
+# `make manifests`: what Kubernetes would get.
 # Each makes .venv if it is absent. PYTHON picks the interpreter (3.11 or 3.12).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu lint protos clean
+.PHONY: demo test slow gpu lint manifests protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/k2dist demo
@@ -29,6 +30,11 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What a KubeRay overlay becomes: rendered, checked, summed up. CRDS: a folder with KubeRay's definitions.
+OVERLAY ?= h200-2x8
+manifests: $(VENV)/installed-test
+	$(BIN)/python deploy/kuberay/manifests.py $(OVERLAY) $(if $(CRDS),--crds $(CRDS))
 
 protos: $(VENV)/installed-test
 	$(BIN)/python protos/generate.py

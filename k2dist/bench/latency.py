@@ -58,7 +58,12 @@ def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[
             actors = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
         address = host.process.address
         with start_cluster(
-            world, CoordinatorActor, GatewayActor, ray_address=address, is_detached=False
+            world,
+            CoordinatorActor,
+            GatewayActor,
+            ray_address=address,
+            is_detached=False,
+            tell=lambda text: None,
         ) as cluster:
             status = cluster.await_serving(lambda status: None)
             time.sleep(_QUIET_S)

@@ -18,7 +18,6 @@ from rich.console import Console
 from k2dist.cli.chat import Conversation, run_demo_tool
 from k2dist.cli.demo_report import DemoReport, TalkReport, print_report, rank_reports
 from k2dist.cli.demo_view import Chunk, Talk, watch_talks
-from k2dist.cli.environment import ray_address
 from k2dist.cli.launch import launched
 from k2dist.cli.prepare import prepare_world
 from k2dist.cli.progress import start_progress
@@ -48,7 +47,7 @@ def demo(
 ) -> None:
     """Start a cluster on this machine, talk to its model, and show what ran where."""
     started_s = time.monotonic()
-    world = prepare_world(load_cluster(config), model, grpc, http, is_here=ray_address() is None)
+    world = prepare_world(load_cluster(config), model, grpc, http, is_here=True)
     talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, TOOL_NAMES),)
     progress = start_progress(is_quiet=as_json)
     try:

@@ -57,6 +57,7 @@ def launched(
             ray_address=address,
             is_detached=is_detached,
             look=look,
+            tell=progress.stage,
         ) as cluster:
             interrupts_again()  # Ray has set its own meanwhile
             try:

@@ -10,7 +10,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from k2dist.cli.environment import ray_address
 from k2dist.cli.launch import launched
 from k2dist.cli.prepare import prepare_world
 from k2dist.cli.progress import start_progress
@@ -18,12 +17,15 @@ from k2dist.cluster.start import Cluster
 from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
 from k2dist.config.load import load_cluster
-from k2dist.errors import UnavailableError
+from k2dist.errors import UnavailableError, UsageError
 from k2dist.observe.readiness import Readiness, StageClock
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="Cluster YAML; see cluster_configs/.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. `--config PATH` is the same.")
+    ] = None,
+    config_option: Annotated[Path | None, typer.Option("--config", hidden=True)] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model directory; default: the config's, else the demo's.")
     ] = None,
@@ -40,12 +42,12 @@ def serve(
 ) -> None:
     """Bring a cluster up and keep it up: until Ctrl-C, or detached."""
     world = prepare_world(
-        load_cluster(config),
+        load_cluster(_the_one(config, config_option)),
         model,
         grpc,
         http,
         is_insecure=insecure,
-        is_here=ray_address() is None,
+        is_here=True,
     )
     progress = start_progress(is_quiet=as_json)
     clock = StageClock(time.monotonic())
@@ -64,6 +66,14 @@ def serve(
     except KeyboardInterrupt:
         typer.echo("ended before it served.", err=True)
         raise typer.Exit(130) from None
+
+
+def _the_one(argument: Path | None, option: Path | None) -> Path:
+    """The config, in whichever of the two places it was given."""
+    match argument, option:
+        case (Path() as path, None) | (None, Path() as path):
+            return path
+    raise UsageError("give one cluster YAML: `k2dist serve CONFIG`; see cluster_configs/")
 
 
 def _watch(cluster: Cluster) -> None:

@@ -14,7 +14,6 @@ from k2dist.cluster.process_mark import find_process
 from k2dist.cluster.ray_host import stop_host
 from k2dist.cluster.record import ClusterRecord, read_record, remove_record, running_names
 from k2dist.cluster.start import find_cluster, join_ray, sweep
-from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import UsageError
 
 _HOST_STOP_S = 10.0
@@ -53,7 +52,7 @@ def _end(name: str, record: ClusterRecord | None) -> bool:
         return False
     join_ray(address, name)
     try:
-        cluster = find_cluster(name, DeadlinesConfig())
+        cluster = find_cluster(name)
         if cluster is not None:
             cluster.end("k2dist stop")
         was_running = bool(cluster is not None or sweep(name))

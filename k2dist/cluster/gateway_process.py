@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import ray
 
 from k2dist.cluster.answers import answer
+from k2dist.cluster.placement import detached_here
 from k2dist.cluster.world import World
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
@@ -50,11 +51,7 @@ class GatewayProcess:
     def create(self) -> None:
         """Start the process; it listens to nobody yet."""
         if self._wanted is not None:
-            self._actor = (
-                ray.remote(self._gateway)
-                .options(name=NAME, lifetime="detached", num_cpus=0, max_restarts=0)
-                .remote(self._world.config)
-            )
+            self._actor = ray.remote(self._gateway).options(**detached_here(NAME)).remote(self._world.config)
 
     async def open(self, coordinator: str) -> str:
         """The address it now listens on, or "". Errors: CapacityError (port in use), PeerError."""

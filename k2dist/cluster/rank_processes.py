@@ -48,7 +48,7 @@ class RankProcesses:
                 max_restarts=0,
                 num_cpus=ranks.rank_cpus,
                 num_gpus=ranks.rank_gpus,
-                scheduling_strategy=bundle_of(group, action.world_rank),
+                scheduling_strategy=bundle_of(group, self._world, action.world_rank),
             )
             .remote(self._world, action.world_rank)
         )

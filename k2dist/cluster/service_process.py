@@ -14,6 +14,7 @@ import ray
 
 from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
+from k2dist.cluster.placement import detached_here
 from k2dist.cluster.world import World
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
@@ -54,7 +55,7 @@ class ServiceProcess:
         """Start the process; it listens to nobody yet."""
         self._actor = (
             ray.remote(self._service)
-            .options(name=NAME, lifetime="detached", num_cpus=0, max_restarts=0)
+            .options(**detached_here(NAME))
             .remote(self._world.config, self._world.model_dir, lanes)
         )
 

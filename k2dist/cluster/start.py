@@ -20,7 +20,7 @@ from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from k2dist.cluster import placement, supervisor
 from k2dist.cluster.gateway_process import Gateway
-from k2dist.cluster.placement import check_capacity
+from k2dist.cluster.placement import await_capacity, detached_here
 from k2dist.cluster.ray_host import RayHost, start_host
 from k2dist.cluster.service_process import Service
 from k2dist.cluster.status import ClusterStatus
@@ -111,12 +111,13 @@ def start_cluster(
     ray_address: str | None,
     is_detached: bool,
     look: Callable[[], None] | None = None,
+    tell: Callable[[str], None],
 ) -> Iterator[Cluster]:
     """Begin a cluster in the Ray at `ray_address`, or in one of its own. It ends with the context, unless
-    `is_left_running` was set; while it runs it is held by a lease, unless it is detached. `look` is called
-    once Ray is joined, before anything is started in it, and may raise.
+    `is_left_running` was set; while it runs it is held by a lease, unless it is detached. `tell` hears what
+    it waits for; `look` is called once Ray has what the ranks take, before any is started, and may raise.
 
-    Errors: CapacityError (Ray, CPUs, a cluster of that name), PeerError.
+    Errors: CapacityError (Ray, machines, a cluster of that name), PeerError.
     """
     name, deadlines = world.config.name, world.config.deadlines
     with ExitStack() as stack:
@@ -126,8 +127,9 @@ def start_cluster(
             stack.callback(host.stop, _HOST_STOP_S)
             ray_address = host.process.address
         stack.callback(ray.shutdown)
-        join_ray(ray_address, name)
-        check_capacity(world)
+        _join_once_there(ray_address, name, deadlines.nodes_s, tell)
+        _clear_orphans(name)
+        await_capacity(world, tell)
         if look is not None:
             look()
         actor = _start_supervisor(world, service, gateway, has_lease=not is_detached)
@@ -142,12 +144,14 @@ def start_cluster(
             ray.shutdown()
 
 
-def find_cluster(name: str, deadlines: DeadlinesConfig) -> Cluster | None:
-    """The cluster of this name in the Ray that was joined with its name as the namespace."""
+def find_cluster(name: str) -> Cluster | None:
+    """The cluster of this name in the Ray that was joined, if its supervisor is there and answers."""
     try:
-        return Cluster(name, ray.get_actor(supervisor.NAME, namespace=name), deadlines, None)
-    except ValueError:
+        actor = ray.get_actor(supervisor.NAME, namespace=name)
+        deadlines = ray.get(actor.deadlines.remote(), timeout=DeadlinesConfig().call_s)
+    except (ValueError, GetTimeoutError, RayActorError):
         return None
+    return Cluster(name, actor, deadlines, None)
 
 
 def join_ray(address: str, namespace: str) -> None:
@@ -159,6 +163,21 @@ def join_ray(address: str, namespace: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CapacityError(f"no Ray at {address}: {reason}; start one, or unset RAY_ADDRESS") from error
+
+
+def _join_once_there(address: str, namespace: str, nodes_s: float, tell: Callable[[str], None]) -> None:
+    """`join_ray`, tried again for `nodes_s`: this machine may be one of those that have not joined yet."""
+    give_up_s = time.monotonic() + nodes_s
+    while True:
+        try:
+            join_ray(address, namespace)
+        except CapacityError:
+            if time.monotonic() >= give_up_s:
+                raise
+            tell(f"waiting for the Ray at {address}")
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def sweep(namespace: str) -> list[str]:
@@ -176,13 +195,21 @@ def sweep(namespace: str) -> list[str]:
     return names
 
 
+def _clear_orphans(name: str) -> None:
+    """End what a supervisor that died, with its node or by itself, has left: nobody else would."""
+    try:
+        ray.get_actor(supervisor.NAME, namespace=name)
+    except ValueError:
+        sweep(name)
+
+
 def _start_supervisor(
     world: World, service: type[Service], gateway: type[Gateway], *, has_lease: bool
 ) -> Any:
     try:
         return (
             ray.remote(supervisor.Supervisor)
-            .options(name=supervisor.NAME, lifetime="detached", num_cpus=0, max_restarts=0)
+            .options(**detached_here(supervisor.NAME))
             .remote(world, service, gateway, has_lease=has_lease)
         )
     except ValueError as error:  # Ray's only answer to a name that is taken

@@ -26,6 +26,7 @@ from k2dist.cluster.rank_processes import RankProcesses
 from k2dist.cluster.service_process import Service, ServiceProcess
 from k2dist.cluster.status import ClusterStatus, RankStatus
 from k2dist.cluster.world import Rendezvous, World
+from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import K2Error
 from k2dist.ids import Generation, WorldRank
 from k2dist.messages import RankProgress, RankStats
@@ -103,6 +104,10 @@ class Supervisor:
     async def stop(self, reason: str) -> None:
         """End the world: drain, stop, remove. Does not wait for it."""
         self._take(StopRequested(reason))
+
+    async def deadlines(self) -> DeadlinesConfig:
+        """For whoever ends it without having its configuration."""
+        return self._world.config.deadlines
 
     async def status(self) -> ClusterStatus:
         return ClusterStatus(

@@ -80,14 +80,15 @@ class RanksConfig(Message, frozen=True, kw_only=True):
     rank_cpus: Annotated[float, Meta(gt=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
     rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
-    # pack: as few nodes as hold them; spread: over many; strict_*: so or not at all.
+    # Of lanes, without nodes.num_nodes. pack: on few machines; spread: on many; strict_*: so or not at all.
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
 
 
 class NodesConfig(Message, frozen=True, kw_only=True):
     """The machines, as far as what fits on them and what survives has to be known before they are rented."""
 
-    # Machines, each with as many ranks, neighbouring ranks on one; none: losses are counted in ranks only.
+    # Machines, each with as many ranks, neighbouring ranks on one; none: the ranks of a lane share one, and
+    # losses are counted in ranks only.
     num_nodes: Count | None = None
     # What one rank computes on, by its name in `k2dist/planner/devices.py` (h200, b200, cpu, ...): its memory
     # and its rates; none: the CPU if ranks take no GPU, else `k2dist plan` asks for it.
@@ -112,6 +113,9 @@ class DeadlinesConfig(Message, frozen=True, kw_only=True):
     """How long each thing may take before it counts as failed. Shorter finds a failure sooner, and sooner
     takes slowness for one."""
 
+    # Machines that have not joined the Ray yet; 0: refuse at once what Ray has no room for. More where pods
+    # or machines come up by themselves.
+    nodes_s: Annotated[float, Meta(ge=0)] = 0.0
     step_s: Seconds = 60.0  # one collective of a step: what a rank waits for its peers
     start_s: Seconds = 120.0  # the placement group, and then each process
     load_s: Seconds = 3600.0  # one rank's shard: its bytes, at the speed of the storage

@@ -3,6 +3,7 @@
 from k2dist.parallel.capacity import Capacity, CapacityRule
 from k2dist.parallel.files import FileMap, StoredTensor, file_maps
 from k2dist.parallel.layout import Layout, RankPlace, check_layout, legal_tp
+from k2dist.parallel.machines import machine_groups
 from k2dist.parallel.placement import configured_layout, expert_homes, first_layout
 from k2dist.parallel.published import Published, Share, leftover_tensors, published_tensors
 from k2dist.parallel.shard_plan import ByteRuns, ShardPlan, Skip, TensorRead, shard_plan, shard_plans
@@ -27,6 +28,7 @@ __all__ = [
     "first_layout",
     "leftover_tensors",
     "legal_tp",
+    "machine_groups",
     "published_tensors",
     "shard_plan",
     "shard_plans",
