@@ -9,6 +9,7 @@ from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
 from k2dist.cli.bench_offline import offline
 from k2dist.cli.bench_scheduler import scheduler
+from k2dist.cli.bench_serve import serve
 
 bench = typer.Typer(help="Measure parts of the system on this machine.", no_args_is_help=True)
 bench.command()(scheduler)
@@ -16,3 +17,4 @@ bench.command()(offline)
 bench.command()(bits)
 bench.command()(grammar)
 bench.command()(latency)
+bench.command()(serve)
