@@ -31,6 +31,7 @@ SETTLE_S = 1.5  # after a change of pace
 FLOORS = {"grpc": 5000.0, "sse": 2500.0}  # tokens/s that must be carried
 _FIRST_PACE = {"grpc": 2000.0, "sse": 1000.0}
 _MORE = 1.2  # each pace of a search in the one before
+_NUM_LOST = 2  # so many in a row that are not held end it: one may be something else's fault
 _HELD = 0.97  # of the pace, in events: less means that events were merged, or late
 _INPUT_LEN = 32
 _OUTPUT_LENS = (128, 384)
@@ -127,14 +128,15 @@ class _Bench:
         async with self._target:
             streams = [asyncio.create_task(self._stream(number)) for number in range(self._num_streams)]
             try:
-                for number, pace in enumerate(paces):
+                for number, pace in enumerate(paces, start=1):
                     self._running.set_pace(pace)
                     await self._sleep(SETTLE_S, streams)
-                    window = await self._window(pace, seconds, streams, rss_mb, show, is_only=pace_per_s is not None)
+                    is_only = pace_per_s is not None
+                    window = await self._window(pace, seconds, streams, rss_mb, show, is_only=is_only)
                     windows.append(window)
-                    if pace_per_s is None:
-                        show(number + 1, number + 1 + window.is_held)
-                    if not window.is_held:
+                    if not is_only:
+                        show(number, number + 1)
+                    if [one.is_held for one in windows[-_NUM_LOST:]] == [False] * _NUM_LOST:
                         break
             finally:
                 for stream in streams:

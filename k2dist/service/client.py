@@ -127,7 +127,8 @@ class AsyncClient:
     async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
         call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
         try:
-            async for message in call:
+            # Not `async for`, which goes through two generators more.
+            while (message := await call.read()) is not grpc.aio.EOF:
                 event = read_event(message, self.spelling)
                 if event is not None:
                     yield event
