@@ -1,7 +1,7 @@
 """The processes that carry tokens from a lane to clients, as a cluster has them, with a stub for the lane.
 
-    coordinator (with StubLane) ──gRPC──> clients
-             └──gRPC──> gateway ──SSE──> clients
+coordinator (with StubLane) ──gRPC──> clients
+         └──gRPC──> gateway ──SSE──> clients
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def _run_gateway(pipe: Connection, cores: set[int], config: ClusterConfig, coord
 
 
 def _run(
-    pipe: Connection, cores: set[int], start: Callable[[], Awaitable[str]], stop: Callable[[], Awaitable[None]]
+    pipe: Connection,
+    cores: set[int],
+    start: Callable[[], Awaitable[str]],
+    stop: Callable[[], Awaitable[None]],
 ) -> None:
     os.sched_setaffinity(0, cores)
 
@@ -140,6 +143,8 @@ def _config(num_streams: int) -> ClusterConfig:
         name="bench",
         parallel=ParallelConfig(lanes=1, tp=1),
         cache=CacheConfig(page_tokens=64, num_pages=1024),
-        scheduler=SchedulerConfig(max_running=2 * num_streams, step_tokens=max(_STEP_TOKENS, 2 * num_streams)),
+        scheduler=SchedulerConfig(
+            max_running=2 * num_streams, step_tokens=max(_STEP_TOKENS, 2 * num_streams)
+        ),
         service=ServiceConfig(grpc="127.0.0.1:0", http="127.0.0.1:0"),
     )

@@ -1,4 +1,4 @@
-"""How many tokens coordinator and gateway carry, one in each event, to many streams at once; and in what memory.
+"""How many tokens coordinator and gateway carry to many streams, one in each event; and in what memory.
 
 The lane is a stub at a set pace. Streams of differing length end and begin all the time, so that reading
 requests, starting answers and forgetting them are in the figures, and the request log is as full as it gets.

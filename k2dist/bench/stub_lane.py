@@ -36,7 +36,7 @@ class _Output:
 
 
 class StubLane:
-    """`tokens_per_s`: asked before each step, of all outputs together. `note`: told how many each step made."""
+    """`tokens_per_s`: of all outputs together, asked before each step. `note`: told how many it made."""
 
     def __init__(
         self, token_id: int, tokens_per_s: Callable[[], float], note: Callable[[int], object]

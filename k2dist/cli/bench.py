@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from k2dist.cli.bench_bits import bits
+from k2dist.cli.bench_gateway import gateway
 from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
 from k2dist.cli.bench_offline import offline
@@ -18,3 +19,4 @@ bench.command()(bits)
 bench.command()(grammar)
 bench.command()(latency)
 bench.command()(serve)
+bench.command()(gateway)

@@ -22,7 +22,9 @@ INPUT_LEN, OUTPUT_LEN = 512, 128
 
 
 def serve(
-    url: Annotated[str, typer.Option(help="http://, https:// or grpc://HOST:PORT.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option(help="http://, https:// or grpc://HOST:PORT.")
+    ] = "http://127.0.0.1:8000",
     requests: Annotated[int, typer.Option(help="In all.")] = 200,
     concurrency: Annotated[
         int | None, typer.Option(help="At most so many at a time. Default: 16, and no bound with --rate.")
