@@ -61,8 +61,8 @@ def _print(found: Latency, console: Console) -> None:
         ("admit, while all lanes step", calls.admit),
         ("cancel, while all lanes step", calls.cancel),
     ):
-        figures = (waits.p50_ms, waits.p95_ms, waits.max_ms)
-        table.add_row(title, *(f"{figure:.1f}" for figure in figures), str(waits.count))
+        times_ms = (waits.p50_ms, waits.p95_ms, waits.max_ms)
+        table.add_row(title, *(f"{time_ms:.1f}" for time_ms in times_ms), str(waits.count))
     console.print(table)
     console.print(
         f"idle: {idle.cluster_percent:.1f}% of a core; {idle.num_actors} Ray actors that do nothing: "
