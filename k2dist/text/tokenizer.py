@@ -171,6 +171,11 @@ class Tokenizer:
             raise CheckpointError(f"{CONFIG_FILE}: added_tokens_decoder names no token {name!r}; add it")
         return token_id
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Of all 256, in the order of their ids."""
+        return tuple(self._special_ids)
+
     def is_special(self, token_id: int) -> bool:
         return self.num_base <= token_id < len(self._bytes)
 
