@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bench_print import figures, print_json
 from k2dist.demo import MODEL_DIR
 
 if TYPE_CHECKING:
@@ -47,17 +45,14 @@ def bits(
             show=show,
         )
     if as_json:
-        typer.echo(msgspec.json.encode({"bits": report}).decode())
+        print_json("bits", report)
     else:
         _print(report, Console())
 
 
 def _print(report: BitsReport, console: Console) -> None:
-    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
-    for title in ("step", "order"):
-        table.add_column(title, no_wrap=True)
-    for title in ("ms", "time", "lane KB", "expert KB", "bytes", "off"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("step", "order", "ms", "time", "lane KB", "expert KB", "bytes", "off")
+    table = figures(*titles, num_names=2, is_narrow=True)
     for case in report.cases:
         for order in case.orders:
             table.add_row(*_cells(case, order))

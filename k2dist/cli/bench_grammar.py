@@ -6,11 +6,8 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from k2dist.bench.grammar import (
     NUM_OUTPUTS,
@@ -22,6 +19,7 @@ from k2dist.bench.grammar import (
     measure,
 )
 from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bench_print import figures, print_json
 
 
 def grammar(
@@ -44,20 +42,20 @@ def grammar(
             note=lambda: show(next(done), steps),
         )
     if as_json:
-        typer.echo(msgspec.json.encode({"grammar": cost}).decode())
+        print_json("grammar", cost)
     else:
         _print(cost, Console())
 
 
 def _print(cost: GrammarCost, console: Console) -> None:
-    table = _table("ms", "mean", "p99", "one CPU's mean", "p99")
+    table = figures("ms", "mean", "p99", "one CPU's mean", "p99")
     for name, spreads in (
         ("one mask", (cost.mask_ms, cost.mask_cpu_ms)),
         (f"a step of {cost.num_outputs} outputs", (cost.step_ms, cost.step_cpu_ms)),
     ):
         table.add_row(name, *(f"{value:.3f}" for spread in spreads for value in (spread.mean, spread.p99)))
     console.print(table)
-    compiled = _table("constraint", "bytes", "compile ms")
+    compiled = figures("constraint", "bytes", "compile ms")
     for one in cost.compiled:
         compiled.add_row(one.name, f"{one.num_bytes:,}", f"{one.compile_ms:.1f}")
     console.print(compiled)
@@ -68,11 +66,3 @@ def _print(cost: GrammarCost, console: Console) -> None:
         f"{cost.vocab_size:,} tokens, read by the compiler in {cost.tokenizer_s:.1f} s, once in a process.",
         soft_wrap=True,
     )
-
-
-def _table(*titles: str) -> Table:
-    """The first column to the left, figures to the right."""
-    table = Table(box=box.SIMPLE)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    return table

@@ -6,13 +6,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bench_print import figures, print_json
 from k2dist.cli.environment import ray_address
 from k2dist.demo import LAPTOP_CONFIG
 from k2dist.errors import UsageError
@@ -47,17 +45,14 @@ def latency(
             world, num_samples=samples, window_s=window, note=lambda: show(next(done), num_notes(samples))
         )
     if as_json:
-        typer.echo(msgspec.json.encode({"latency": found}).decode())
+        print_json("latency", found)
     else:
         _print(found, Console())
 
 
 def _print(found: Latency, console: Console) -> None:
     idle, calls = found.idle, found.calls
-    table = Table(box=box.SIMPLE)
-    table.add_column("ms", no_wrap=True)
-    for title in ("p50", "p95", "worst", "count"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures("ms", "p50", "p95", "worst", "count")
     for title, waits in (
         ("first token, after idle", found.first_token.after_idle),
         ("first token, beside a decode", found.first_token.beside_a_decode),
@@ -66,8 +61,8 @@ def _print(found: Latency, console: Console) -> None:
         ("admit, while all lanes step", calls.admit),
         ("cancel, while all lanes step", calls.cancel),
     ):
-        figures = (waits.p50_ms, waits.p95_ms, waits.max_ms)
-        table.add_row(title, *(f"{figure:.1f}" for figure in figures), str(waits.count))
+        times_ms = (waits.p50_ms, waits.p95_ms, waits.max_ms)
+        table.add_row(title, *(f"{time_ms:.1f}" for time_ms in times_ms), str(waits.count))
     console.print(table)
     console.print(
         f"idle: {idle.cluster_percent:.1f}% of a core; {idle.num_actors} Ray actors that do nothing: "

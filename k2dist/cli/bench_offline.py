@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bench_print import figures, print_json
 from k2dist.demo import MODEL_DIR
 
 if TYPE_CHECKING:
@@ -47,16 +45,14 @@ def offline(
             show=show,
         )
     if as_json:
-        typer.echo(msgspec.json.encode({"offline": report}).decode())
+        print_json("offline", report)
     else:
         _print(report, Console())
 
 
 def _print(report: OfflineReport, console: Console) -> None:
-    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     titles = ("batch", "prompt/s", "decode/s", "step ms", "device", "host", "experts", "MB", "floor")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures(*titles, num_names=0, is_narrow=True)
     for cost in report.batches:
         table.add_row(
             f"{cost.batch:,}",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from k2dist.bench.scheduler import CASES, NUM_STEPS, SchedulerCost, measure
+from k2dist.cli.bench_print import figures, print_json
 
 
 def scheduler(
@@ -26,15 +24,14 @@ def scheduler(
     cases = CASES if decoding is None else [(num_decoding, waiting) for num_decoding in decoding]
     costs = list(measure(cases, steps))
     if as_json:
-        typer.echo(msgspec.json.encode({"scheduler": costs}).decode())
+        print_json("scheduler", costs)
     else:
         _print(costs, Console())
 
 
 def _print(costs: Sequence[SchedulerCost], console: Console) -> None:
-    table = Table(box=box.SIMPLE)
-    for title in ("decoding", "waiting", "plan ms", "commit ms", "step ms", "best", "worst", "us/row"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("decoding", "waiting", "plan ms", "commit ms", "step ms", "best", "worst", "us/row")
+    table = figures(*titles, num_names=0)
     for cost in costs:
         medians = (cost.plan_ms, cost.commit_ms, cost.step_ms)
         table.add_row(

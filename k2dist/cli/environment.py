@@ -22,6 +22,11 @@ def ray_address() -> str | None:
     return os.environ.get(RAY_ADDRESS) or None
 
 
+def openai_api_key() -> str | None:
+    """Where OpenAI's own client looks for it."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def records_dir() -> Path:
     """Where this user's running clusters are noted."""
     return Path(tempfile.gettempdir()) / f"k2dist-{os.getuid()}"

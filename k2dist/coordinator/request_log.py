@@ -238,6 +238,8 @@ def _begin(token_ids: tuple[int, ...]) -> LoggedOutput:
 
 def _without_known(event: Event, output: LoggedOutput) -> Event:
     """`event` less the tokens and the logprobs of the prompt that the log has."""
+    if event.first_index == len(output.token_ids) and not event.prompt_logprobs:
+        return event  # all but a few, and this is done for every token
     name = f"request {event.request_id!r} output {event.output_index}"
     num_known = len(output.token_ids) - event.first_index
     if num_known < 0:

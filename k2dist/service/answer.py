@@ -95,6 +95,9 @@ def _pieces(event: Event) -> Iterator[Event]:
     """The event's tokens, a bounded number at a time; each piece is read by itself, so that an answer can be
     resumed behind any of them."""
     num_tokens = len(event.token_ids)
+    if 0 < num_tokens <= PIECE_TOKENS:
+        yield event
+        return
     num_bare = num_tokens - len(event.logprobs)  # known before the lane had it, and first in the event
     for start in range(0, num_tokens, PIECE_TOKENS):
         stop = start + PIECE_TOKENS

@@ -29,6 +29,7 @@ from k2dist.service.wire_requests import write_chat, write_request
 MAX_MESSAGE_BYTES = 16 * 2**20
 UNARY_TIMEOUT_S = 30.0
 T = TypeVar("T")
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # not in its stubs
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -127,7 +128,8 @@ class AsyncClient:
     async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
         call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
         try:
-            async for message in call:
+            # Not `async for`, which goes through two generators more.
+            while (message := await call.read()) is not _EOF:
                 event = read_event(message, self.spelling)
                 if event is not None:
                     yield event

@@ -21,6 +21,8 @@ from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_server import GrpcServer
 from k2dist.service.lane import Lane
 from k2dist.service.served_model import ServedModel
+from k2dist.service.template_process import TemplateProcess
+from k2dist.text.own_template import TEMPLATE_FILE
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
 
 LOG_BYTES = 2**30  # of the request log, at most; it counts each request with all tokens that it may still get
@@ -60,7 +62,7 @@ class CoordinatorActor:
         tokenizer = Tokenizer.load(self._model_dir)
         coordinator: Coordinator[AnswerStyle] = Coordinator(self._lanes, _limits(self._config))
         model = self._read_model(tokenizer)
-        encoder = Encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
+        encoder = self._make_encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
         generation = Generation(model, tokenizer, encoder, coordinator)
         server = GrpcServer(self._config.name, generation, coordinator)
         host, port = _split(self._config.service.grpc)
@@ -102,6 +104,13 @@ class CoordinatorActor:
             num_outputs=parts.coordinator.num_outputs,
             lanes=await parts.coordinator.loads(),
         )
+
+    def _make_encoder(self, tokenizer: Tokenizer, grammars: Grammars) -> Encoder:
+        """CheckpointError: the config asks for the checkpoint's own template, and it has none that works."""
+        service = self._config.service
+        is_own = service.chat_template == "checkpoint"
+        template = TemplateProcess(self._model_dir / TEMPLATE_FILE) if is_own else None
+        return Encoder(tokenizer, grammars, template=template, specials_in_text=service.specials_in_text)
 
     def _read_model(self, tokenizer: Tokenizer) -> ServedModel:
         architecture = read_architecture(self._model_dir)

@@ -25,6 +25,7 @@ from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.coordinator import AbortResult, Coordinator
 from k2dist.service.error_codes import DETAILS_KEY, row_of, status_details
 from k2dist.service.generation import AnswerStyle, Generation
+from k2dist.service.grpc_bytes import RefuseBadBytes
 from k2dist.service.reflection_v1 import add_reflection_v1
 from k2dist.service.wire_events import write_event
 from k2dist.service.wire_requests import read_chat, read_positions, read_request
@@ -59,7 +60,7 @@ class GrpcServer:
     """One grpc.aio server on one address. Begins NOT_SERVING; `set_serving` tells health checks."""
 
     def __init__(self, cluster: str, generation: Generation, coordinator: Coordinator[AnswerStyle]) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=(RefuseBadBytes(),))
         self._health = HealthServicer()
         names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(generation), self._server)

@@ -31,6 +31,10 @@ _QUEUE = 16  # events of one response that wait for a slow reader; the others st
 Events = AsyncGenerator[AnswerEvent]
 
 
+class _Beat:
+    """In the queue of a stream to which nothing has come for long."""
+
+
 class StreamWriter(Protocol):
     def push(self, prompt_index: int, event: AnswerEvent) -> Iterator[Step]: ...
 
@@ -194,7 +198,8 @@ async def _merged(
 
     The first event is never None: until there is one, what a request is refused with is still to come.
     """
-    queue: asyncio.Queue[tuple[int, AnswerEvent] | K2Error | None] = asyncio.Queue(_QUEUE)
+    queue: asyncio.Queue[tuple[int, AnswerEvent] | K2Error | _Beat | None] = asyncio.Queue(_QUEUE)
+    num_read = 0
 
     async def pump(index: int, events: Events) -> None:
         async with aclosing(events):
@@ -206,21 +211,28 @@ async def _merged(
             else:
                 await queue.put(None)
 
+    async def beat() -> None:
+        """By itself: a timer for each event would cost as much as half of its way through here."""
+        nonlocal num_read
+        while True:
+            before = num_read
+            await asyncio.sleep(HEARTBEAT_S / 2)
+            if num_read == before and queue.empty():
+                queue.put_nowait(_Beat())
+
     async def read() -> AsyncGenerator[tuple[int, AnswerEvent] | None]:
-        num_open, has_begun = len(streams), False
+        nonlocal num_read
+        num_open = len(streams)
         while num_open > 0:
-            try:
-                # Not wait_for: in Python 3.11 it can swallow the cancellation of a client that left.
-                async with asyncio.timeout(HEARTBEAT_S):
-                    item = await queue.get()
-            except TimeoutError:
+            item = await queue.get()
+            if isinstance(item, _Beat):
                 for task in pumps:
                     if task.done():
                         task.result()  # a bug in it is not waited for
-                if has_begun:
+                if num_read > 0:
                     yield None
                 continue
-            has_begun = True
+            num_read += 1
             if item is None:
                 num_open -= 1
             elif isinstance(item, K2Error):
@@ -229,10 +241,11 @@ async def _merged(
                 yield item
 
     pumps = [asyncio.ensure_future(pump(index, events)) for index, events in enumerate(streams)]
+    beating = asyncio.ensure_future(beat())
     try:
         async with aclosing(read()) as merged:
             yield merged
     finally:
-        for task in pumps:
+        for task in (*pumps, beating):
             task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await asyncio.gather(*pumps, beating, return_exceptions=True)

@@ -39,7 +39,9 @@ def write_event(event: AnswerEvent, token_bytes: TokenBytes) -> pb.GenerateEvent
             scores = pb.PromptLogprobs(first_index=event.first_index, logprobs=logprobs)
             return pb.GenerateEvent(prompt_logprobs=scores)
         case Delta():
-            return pb.GenerateEvent(delta=_write_delta(event, token_bytes))
+            message = pb.GenerateEvent()
+            _write_delta(event, token_bytes, message.delta)
+            return message
         case Finished():
             return pb.GenerateEvent(finished=_write_finished(event))
         case Failed():
@@ -77,18 +79,15 @@ def _write_accepted(event: Accepted) -> pb.Accepted:
     )
 
 
-def _write_delta(event: Delta, token_bytes: TokenBytes) -> pb.Delta:
-    calls = (
-        pb.ToolCallDelta(index=c.index, id=c.id, name=c.name, arguments=c.arguments) for c in event.tool_calls
-    )
-    return pb.Delta(
-        output_index=event.output_index,
-        first_index=event.first_index,
-        token_ids=event.token_ids,
-        text=event.text,
-        tool_calls=calls,
-        logprobs=(_write_logprob(logprob, token_bytes) for logprob in event.logprobs),
-    )
+def _write_delta(event: Delta, token_bytes: TokenBytes, delta: pb.Delta) -> None:
+    """In place, and only what there is: this is done for every token."""
+    delta.output_index = event.output_index  # set even if 0, so that the delta counts as set
+    delta.first_index = event.first_index
+    delta.token_ids.extend(event.token_ids)
+    delta.text = event.text
+    for c in event.tool_calls:
+        delta.tool_calls.add(index=c.index, id=c.id, name=c.name, arguments=c.arguments)
+    delta.logprobs.extend([_write_logprob(logprob, token_bytes) for logprob in event.logprobs])
 
 
 def _write_logprob(logprob: TokenLogprob, token_bytes: TokenBytes) -> pb.TokenLogprob:

@@ -86,6 +86,13 @@ def encode_chat(
         is_partial=is_partial,
         rename_calls=rename_calls,
     )
+    return encode_prompt(tokenizer, fragments, specials_in_text=specials_in_text)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, fragments: Sequence[Fragment], *, specials_in_text: bool = False
+) -> list[int]:
+    """Ids of a rendered prompt; `specials_in_text` as `encode_chat`."""
     if specials_in_text:
         return tokenizer.encode("".join(fragment.text for fragment in fragments), allow_special=True)
     return tokenizer.encode_fragments(fragments)
@@ -130,10 +137,16 @@ def render(
         raise RequestError("messages", "empty; send at least one message")
     if rename_calls:
         messages = normalise_ids(messages)
-    if is_partial and (messages[-1].role != "assistant" or messages[-1].tool_calls):
-        raise RequestError(f"messages[{len(messages) - 1}]", "partial, but not text of the assistant")
+    if is_partial:
+        check_partial(messages)
     prompt = _prompt(messages, tools, add_generation_prompt=add_generation_prompt and not is_partial)
     return tuple(prompt)[: -1 if is_partial else None]  # without its <|im_end|>
+
+
+def check_partial(messages: Sequence[ChatMessage]) -> None:
+    """RequestError if nothing can go on with the last message."""
+    if messages[-1].role != "assistant" or messages[-1].tool_calls:
+        raise RequestError(f"messages[{len(messages) - 1}]", "partial, but not text of the assistant")
 
 
 def _prompt(

@@ -103,6 +103,7 @@ class Tokenizer:
         ranks = _rank_tokens(vocabulary)
         self._special_ids = _name_specials(self.num_base, specials)
         self._bytes = [*vocabulary, *(name.encode() for name in self._special_ids)]
+        self._text_bytes = [*vocabulary, *(b"" for _ in self._special_ids)]
         self._bpe = tiktoken.Encoding(
             "kimi_k2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self._special_ids
         )
@@ -147,18 +148,17 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token's bytes, perhaps part of a character; a special's are its name."""
-        if not 0 <= token_id < len(self._bytes):
-            raise RequestError("token_ids", f"{token_id} is outside 0..{len(self._bytes) - 1}")
+        self._check(token_id)
         return self._bytes[token_id]
 
     def text_bytes(self, token_id: int) -> bytes:
         """A token's bytes as text: none for a special. Stop strings are matched on these."""
-        return b"" if self.is_special(token_id) else self.token_bytes(token_id)
+        self._check(token_id)
+        return self._text_bytes[token_id]
 
     def decode_bytes(self, token_ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The tokens' bytes in a row; `skip_special` leaves out all 256 specials, tool markers too."""
-        kept = (i for i in token_ids if not (skip_special and self.is_special(i)))
-        return b"".join(map(self.token_bytes, kept))
+        return b"".join(map(self.text_bytes if skip_special else self.token_bytes, token_ids))
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
         """As `decode_bytes`, with U+FFFD for what is not UTF-8."""
@@ -171,8 +171,17 @@ class Tokenizer:
             raise CheckpointError(f"{CONFIG_FILE}: added_tokens_decoder names no token {name!r}; add it")
         return token_id
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Of all 256, in the order of their ids."""
+        return tuple(self._special_ids)
+
     def is_special(self, token_id: int) -> bool:
         return self.num_base <= token_id < len(self._bytes)
+
+    def _check(self, token_id: int) -> None:
+        if not 0 <= token_id < len(self._bytes):
+            raise RequestError("token_ids", f"{token_id} is outside 0..{len(self._bytes) - 1}")
 
     def _encode_with_specials(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text, allowed_special="all")

@@ -1,6 +1,6 @@
 """A whole coordinator over fake lanes, on a free port, with a model directory of a tokenizer and no weights.
 
-Tests here may be coroutines: each gets an event loop of its own and 20 seconds.
+Tests here may be coroutines: each gets an event loop of its own and 20 seconds, a slow one 5 minutes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = inspect.signature(pyfuncitem.function).parameters
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    asyncio.run(asyncio.wait_for(pyfuncitem.function(**arguments), timeout=20))
+    timeout_s = 20 if pyfuncitem.get_closest_marker("slow") is None else 300
+    asyncio.run(asyncio.wait_for(pyfuncitem.function(**arguments), timeout_s))
     return True
 
 

@@ -149,3 +149,13 @@ def test_tools_without_a_system_message(kimi: Tokenizer) -> None:
     ids = encode_chat(kimi, HI, [WEATHER])
     assert len(ids) == 72
     assert ids == ints(LOOP_IDS)[:45] + ints(HI_IDS)
+
+
+def test_specials_in_messages_are_text_or_with_the_switch_what_the_reference_makes_of_them(
+    kimi: Tokenizer,
+) -> None:
+    messages = (ChatMessage(role="user", content="<|im_end|>"),)
+    as_text = HI_IDS.replace(" 18699 ", " 27 91 348 11129 91 29 ")
+    as_reference = HI_IDS.replace(" 18699 ", " 163586 ")
+    assert " ".join(map(str, encode_chat(kimi, messages))) == as_text
+    assert " ".join(map(str, encode_chat(kimi, messages, specials_in_text=True))) == as_reference

@@ -1,0 +1,102 @@
+"""`k2dist bench serve`: a load on a running server, and what its clients wait for, as a table."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.environment import openai_api_key
+from k2dist.errors import UsageError
+
+if TYPE_CHECKING:  # with grpc and aiohttp
+    from k2dist.bench.serve_report import Percentiles, ServeReport
+
+INPUT_LEN, OUTPUT_LEN = 512, 128
+
+
+def serve(
+    url: Annotated[
+        str, typer.Option(help="http://, https:// or grpc://HOST:PORT.")
+    ] = "http://127.0.0.1:8000",
+    requests: Annotated[int, typer.Option(help="In all.")] = 200,
+    concurrency: Annotated[
+        int | None, typer.Option(help="At most so many at a time. Default: 16, and no bound with --rate.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second, at random times. Default: as answers come.")
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help='JSONL: {"messages": [...]} with any fields of a chat, or {"prompt": "..."}.'),
+    ] = None,
+    input_len: Annotated[
+        int | None, typer.Option(help=f"Tokens of each made-up prompt. Default: {INPUT_LEN}.")
+    ] = None,
+    output_len: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens of each answer: exactly ({OUTPUT_LEN}), or with --dataset at most."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Default: the first that the server lists.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Of prompts and times.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """First token, next token, whole answer and throughput of a server, as its clients see them."""
+    # With grpc and aiohttp: not for others.
+    from k2dist.bench.serve import Load, measure
+    from k2dist.bench.serve_asks import made_up, of_file
+    from k2dist.bench.serve_targets import make_target
+
+    if dataset is not None and input_len is not None:
+        raise UsageError("--input-len: the prompts are --dataset's; leave one of the two out")
+    for name, value in (("input-len", input_len), ("output-len", output_len)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}={value}: use at least 1")
+    if dataset is None:
+        asks = made_up(input_len or INPUT_LEN, output_len or OUTPUT_LEN, seed)
+    else:
+        asks = of_file(dataset, output_len, seed)
+    target = make_target(url, model=model, api_key=openai_api_key(), timeout_s=timeout)
+    load = Load(num_requests=requests, concurrency=concurrency, rate_per_s=rate, seed=seed)
+    with bench_bar("answers", is_quiet=as_json) as show:
+        done = count(1)
+        report = asyncio.run(measure(target, asks, load, lambda: show(next(done), requests)))
+    if as_json:
+        print_json("serve", report)
+    else:
+        _print(report, Console())
+    if report.num_failed:
+        raise typer.Exit(1)
+
+
+def _print(report: ServeReport, console: Console) -> None:
+    table = figures("ms", "mean", "p50", "p90", "p95", "p99", "max", "count")
+    for title, spread in (
+        ("first token", report.first_ms),
+        ("next event", report.event_ms),
+        ("per token after the first", report.token_ms),
+        ("whole answer", report.whole_ms),
+    ):
+        table.add_row(title, *_cells(spread))
+    console.print(table)
+    console.print(
+        f"{report.url}: {report.num_requests} requests in {report.seconds:.1f} s, "
+        f"{report.num_failed} failed\n"
+        f"{report.requests_per_s:.2f} requests/s; tokens/s: {report.completion_tokens_per_s:,.1f} generated, "
+        f"{report.prompt_tokens_per_s:,.1f} of prompts; {report.tokens_per_event:.2f} tokens an event",
+        soft_wrap=True,
+    )
+    for message, times in report.errors.items():
+        console.print(f"failed {times} times: {message}", soft_wrap=True, style="red")
+
+
+def _cells(spread: Percentiles) -> tuple[str, ...]:
+    values = (spread.mean, spread.p50, spread.p90, spread.p95, spread.p99, spread.max)
+    return (*(f"{value:,.1f}" for value in values), str(spread.count))
