@@ -119,7 +119,8 @@ class Tally:
         width_s = self.steps[-1][0] / BUCKETS
         found: list[Moment] = []
         first, began_s = 0, 0.0
-        for index, (end_s, *_rest) in enumerate(self.steps):
+        for index, step in enumerate(self.steps):
+            end_s = step[0]
             if end_s >= began_s + width_s or index == len(self.steps) - 1:
                 found.append(_moment(self.steps[first : index + 1], began_s))
                 first, began_s = index + 1, end_s
