@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,7 +90,7 @@ class Tally:
     tpots_s: list[float] = field(default_factory=list)
     wholes_s: list[float] = field(default_factory=list)
     steps: list[tuple[float, float, int, int, int, int, float]] = field(default_factory=list)
-    binding_s: Counter[str] = field(default_factory=Counter)
+    binding_s: dict[str, float] = field(default_factory=dict)
     num_preempted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -110,7 +109,7 @@ class Tally:
         binding: str,
     ) -> None:
         self.steps.append((end_s, step_s, outputs, prompts, running, waiting, pages_used))
-        self.binding_s[binding] += step_s
+        self.binding_s[binding] = self.binding_s.get(binding, 0.0) + step_s
 
     def moments(self) -> tuple[Moment, ...]:
         """At most `BUCKETS` stretches of equal time."""
@@ -119,7 +118,8 @@ class Tally:
         width_s = self.steps[-1][0] / BUCKETS
         found: list[Moment] = []
         first, began_s = 0, 0.0
-        for index, (end_s, *_rest) in enumerate(self.steps):
+        ends_s = [step[0] for step in self.steps]
+        for index, end_s in enumerate(ends_s):
             if end_s >= began_s + width_s or index == len(self.steps) - 1:
                 found.append(_moment(self.steps[first : index + 1], began_s))
                 first, began_s = index + 1, end_s

@@ -355,6 +355,7 @@ class Simulation:
         tally = self._tally
         duration_s = max(self.now_s, 1e-9)
         total_s = max(sum(tally.binding_s.values()), 1e-9)
+        bound = sorted(tally.binding_s.items(), key=lambda pair: -pair[1])
         return SimulationReport(
             num_requests=self.num_arrived,
             num_finished=self.num_finished,
@@ -373,7 +374,7 @@ class Simulation:
             most_running=self._most_running,
             most_waiting=self._most_waiting,
             imbalance=self._model.site.assumed.imbalance,
-            binding={name: seconds / total_s for name, seconds in tally.binding_s.most_common()},
+            binding={name: seconds / total_s for name, seconds in bound},
             loss=self._loss_report,
             ttfts_s=quantiles(tally.ttfts_s),
             tpots_s=quantiles(tally.tpots_s),

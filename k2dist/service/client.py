@@ -120,6 +120,11 @@ class AsyncClient:
         response: pb.ApplyChatTemplateResponse = await self._call(self._inference.ApplyChatTemplate, message)
         return response
 
+    async def plan(self, request: control_pb2.PlanRequest) -> control_pb2.PlanResponse:
+        """What a config would hold and give, by the server's planner: `planner.plan.ClusterPlan` as JSON."""
+        response: control_pb2.PlanResponse = await self._call(self._control.Plan, request)
+        return response
+
     async def topology(self) -> control_pb2.GetTopologyResponse:
         message = control_pb2.GetTopologyRequest()
         response: control_pb2.GetTopologyResponse = await self._call(self._control.GetTopology, message)

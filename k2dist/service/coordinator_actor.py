@@ -20,6 +20,7 @@ from k2dist.service.encoding import Encoder
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_server import GrpcServer
 from k2dist.service.lane import Lane
+from k2dist.service.planning import Planning
 from k2dist.service.served_model import ServedModel
 from k2dist.service.template_process import TemplateProcess
 from k2dist.text.own_template import TEMPLATE_FILE
@@ -64,7 +65,8 @@ class CoordinatorActor:
         model = self._read_model(tokenizer)
         encoder = self._make_encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
         generation = Generation(model, tokenizer, encoder, coordinator)
-        server = GrpcServer(self._config.name, generation, coordinator)
+        planning = Planning(self._config, self._model_name, read_architecture(self._model_dir))
+        server = GrpcServer(self._config.name, generation, coordinator, planning)
         host, port = _split(self._config.service.grpc)
         try:
             port = await server.start(host, port)

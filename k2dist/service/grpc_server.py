@@ -26,6 +26,7 @@ from k2dist.service.coordinator import AbortResult, Coordinator
 from k2dist.service.error_codes import DETAILS_KEY, row_of, status_details
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_bytes import RefuseBadBytes
+from k2dist.service.planning import Planning
 from k2dist.service.reflection_v1 import add_reflection_v1
 from k2dist.service.wire_events import write_event
 from k2dist.service.wire_requests import read_chat, read_positions, read_request
@@ -59,12 +60,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GrpcServer:
     """One grpc.aio server on one address. Begins NOT_SERVING; `set_serving` tells health checks."""
 
-    def __init__(self, cluster: str, generation: Generation, coordinator: Coordinator[AnswerStyle]) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        generation: Generation,
+        coordinator: Coordinator[AnswerStyle],
+        planning: Planning,
+    ) -> None:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=(RefuseBadBytes(),))
         self._health = HealthServicer()
         names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(generation), self._server)
-        control = ControlServicer(cluster, generation.model.name, coordinator)
+        control = ControlServicer(cluster, generation.model.name, coordinator, planning)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
@@ -160,10 +167,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 class ControlServicer(control_pb2_grpc.ControlServicer):
     """`k2dist.v1.Control`."""
 
-    def __init__(self, cluster: str, model: str, coordinator: Coordinator[AnswerStyle]) -> None:
+    def __init__(
+        self, cluster: str, model: str, coordinator: Coordinator[AnswerStyle], planning: Planning
+    ) -> None:
         self._cluster = cluster
         self._model = model
         self._coordinator = coordinator
+        self._planning = planning
 
     async def GetTopology(
         self, request: control_pb2.GetTopologyRequest, context: Context
@@ -180,7 +190,12 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 lanes=map(_write_load, loads),
                 queued_requests=self._coordinator.num_queued,
                 live_outputs=self._coordinator.num_outputs,
+                step=self._planning.step_pair(loads),
             )
+
+    async def Plan(self, request: control_pb2.PlanRequest, context: Context) -> control_pb2.PlanResponse:
+        async with _statuses(context):
+            return await self._planning.plan(request)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from k2dist._proto.v1 import control_pb2
 from k2dist.service.answer_events import AnswerEvent, Delta, Finished
+from k2dist.service.step_gauges import StepGauges
 
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _NEXT_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
@@ -51,6 +52,7 @@ class HttpMetrics:
         self._pages = self._gauge("kv_cache_usage_perc", "Pages in use, 0 to 1.", "lane")
         self._steps = self._gauge("lane_steps", "Steps that the lane has committed.", "lane")
         self._queued = self._gauge("num_requests_queued", "Requests that no lane has taken yet.")
+        self._step = StepGauges(self.registry, model)
 
     def begin(self, api: str) -> AnswerClock:
         """A request has come."""
@@ -61,6 +63,7 @@ class HttpMetrics:
         self._streams.labels(self._model).set(self.num_running)
         for gauge in (self._running, self._waiting, self._pages, self._steps):
             gauge.clear()
+        self._step.show(topology)
         if topology is not None:
             self._queued.labels(self._model).set(topology.queued_requests)
             for lane in topology.lanes:

@@ -63,6 +63,7 @@ class GetTopologyResponse(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     LIVE_OUTPUTS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """the config's name"""
     model: _builtins.str
@@ -75,6 +76,10 @@ class GetTopologyResponse(_message.Message):
     def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneState]:
         """by lane number"""
 
+    @_builtins.property
+    def step(self) -> Global___StepPair:
+        """of the steps since somebody last asked; absent while nothing runs"""
+
     def __init__(
         self,
         *,
@@ -84,12 +89,15 @@ class GetTopologyResponse(_message.Message):
         lanes: _abc.Iterable[Global___LaneState] | None = ...,
         queued_requests: _builtins.int = ...,
         live_outputs: _builtins.int = ...,
+        step: Global___StepPair | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "lanes", b"lanes", "live_outputs", b"live_outputs", "model", b"model", "queued_requests", b"queued_requests", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "cluster", b"cluster", "lanes", b"lanes", "live_outputs", b"live_outputs", "model", b"model", "queued_requests", b"queued_requests", "state", b"state", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___GetTopologyResponse: _TypeAlias = GetTopologyResponse  # noqa: Y015
 
@@ -127,3 +135,104 @@ class LaneState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LaneState: _TypeAlias = LaneState  # noqa: Y015
+
+@_typing.final
+class StepPair(_message.Message):
+    """A step of what runs now, as it is estimated and as it was measured. The two drift apart where something is slow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ESTIMATED_STEP_S_FIELD_NUMBER: _builtins.int
+    MEASURED_STEP_S_FIELD_NUMBER: _builtins.int
+    ESTIMATED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    MEASURED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    estimated_step_s: _builtins.float
+    measured_step_s: _builtins.float
+    estimated_tokens_per_s: _builtins.float
+    measured_tokens_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        estimated_step_s: _builtins.float = ...,
+        measured_step_s: _builtins.float = ...,
+        estimated_tokens_per_s: _builtins.float = ...,
+        measured_tokens_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_step_s", b"estimated_step_s", "estimated_tokens_per_s", b"estimated_tokens_per_s", "measured_step_s", b"measured_step_s", "measured_tokens_per_s", b"measured_tokens_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepPair: _TypeAlias = StepPair  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    PROMPT_LEN_FIELD_NUMBER: _builtins.int
+    OUTPUT_LEN_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    TARGET_TPOT_S_FIELD_NUMBER: _builtins.int
+    config: _builtins.str
+    """a cluster YAML; empty: this cluster's own"""
+    prompt_len: _builtins.int
+    """tokens; default 2000, or what a lane can hold"""
+    output_len: _builtins.int
+    """likewise, 500"""
+    concurrency: _builtins.int
+    """requests under way; default: as many as run at once"""
+    target_tpot_s: _builtins.float
+    """what a token may take"""
+    def __init__(
+        self,
+        *,
+        config: _builtins.str = ...,
+        prompt_len: _builtins.int | None = ...,
+        output_len: _builtins.int | None = ...,
+        concurrency: _builtins.int | None = ...,
+        target_tpot_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_output_len", b"_output_len", "_prompt_len", b"_prompt_len", "_target_tpot_s", b"_target_tpot_s", "concurrency", b"concurrency", "output_len", b"output_len", "prompt_len", b"prompt_len", "target_tpot_s", b"target_tpot_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_output_len", b"_output_len", "_prompt_len", b"_prompt_len", "_target_tpot_s", b"_target_tpot_s", "concurrency", b"concurrency", "config", b"config", "output_len", b"output_len", "prompt_len", b"prompt_len", "target_tpot_s", b"target_tpot_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
+    _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
+    _WhichOneofReturnType__output_len: _TypeAlias = _typing.Literal["output_len"]  # noqa: Y015
+    _WhichOneofArgType__output_len: _TypeAlias = _typing.Literal["_output_len", b"_output_len"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_len: _TypeAlias = _typing.Literal["prompt_len"]  # noqa: Y015
+    _WhichOneofArgType__prompt_len: _TypeAlias = _typing.Literal["_prompt_len", b"_prompt_len"]  # noqa: Y015
+    _WhichOneofReturnType__target_tpot_s: _TypeAlias = _typing.Literal["target_tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__target_tpot_s: _TypeAlias = _typing.Literal["_target_tpot_s", b"_target_tpot_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency) -> _WhichOneofReturnType__concurrency | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_len) -> _WhichOneofReturnType__output_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_len) -> _WhichOneofReturnType__prompt_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_tpot_s) -> _WhichOneofReturnType__target_tpot_s | None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    json: _builtins.bytes
+    """planner.plan.ClusterPlan as JSON, the object of `k2dist plan --json`. Fields are only ever added to it."""
+    def __init__(
+        self,
+        *,
+        json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanResponse: _TypeAlias = PlanResponse  # noqa: Y015

@@ -39,6 +39,11 @@ class ControlStub:
                 request_serializer=k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/k2dist.v1.Control/Plan',
+                request_serializer=k2dist_dot_v1_dot_control__pb2.PlanRequest.SerializeToString,
+                response_deserializer=k2dist_dot_v1_dot_control__pb2.PlanResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -51,6 +56,15 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """What a config would hold, survive, take to start and give, for the model that is served here: as `k2dist plan`.
+        It computes, and changes nothing. INVALID_ARGUMENT (LAYOUT_ILLEGAL): it cannot work; the message has the
+        arithmetic and the nearest layout that can.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +72,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.FromString,
                     response_serializer=k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=k2dist_dot_v1_dot_control__pb2.PlanRequest.FromString,
+                    response_serializer=k2dist_dot_v1_dot_control__pb2.PlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +106,33 @@ class Control:
             '/k2dist.v1.Control/GetTopology',
             k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
             k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/k2dist.v1.Control/Plan',
+            k2dist_dot_v1_dot_control__pb2.PlanRequest.SerializeToString,
+            k2dist_dot_v1_dot_control__pb2.PlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

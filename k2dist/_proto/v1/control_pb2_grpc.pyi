@@ -33,12 +33,22 @@ class ControlStub:
     def __new__(cls, channel: _aio.Channel) -> ControlAsyncStub: ...
     GetTopology: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetTopologyRequest, _control_pb2.GetTopologyResponse]
     """The lanes as the coordinator sees them now."""
+    Plan: _grpc.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanResponse]
+    """What a config would hold, survive, take to start and give, for the model that is served here: as `k2dist plan`.
+    It computes, and changes nothing. INVALID_ARGUMENT (LAYOUT_ILLEGAL): it cannot work; the message has the
+    arithmetic and the nearest layout that can.
+    """
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetTopology: _aio.UnaryUnaryMultiCallable[_control_pb2.GetTopologyRequest, _control_pb2.GetTopologyResponse]  # type: ignore[assignment]
     """The lanes as the coordinator sees them now."""
+    Plan: _aio.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanResponse]  # type: ignore[assignment]
+    """What a config would hold, survive, take to start and give, for the model that is served here: as `k2dist plan`.
+    It computes, and changes nothing. INVALID_ARGUMENT (LAYOUT_ILLEGAL): it cannot work; the message has the
+    arithmetic and the nearest layout that can.
+    """
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +58,16 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetTopologyResponse, _abc.Awaitable[_control_pb2.GetTopologyResponse]]:
         """The lanes as the coordinator sees them now."""
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _control_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PlanResponse, _abc.Awaitable[_control_pb2.PlanResponse]]:
+        """What a config would hold, survive, take to start and give, for the model that is served here: as `k2dist plan`.
+        It computes, and changes nothing. INVALID_ARGUMENT (LAYOUT_ILLEGAL): it cannot work; the message has the
+        arithmetic and the nearest layout that can.
+        """
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

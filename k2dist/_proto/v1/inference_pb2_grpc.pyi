@@ -25,6 +25,7 @@ reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
   NOT_SERVING          UNAVAILABLE          yes: starting, draining or stopped
   RANK_LOST            UNAVAILABLE          yes: a rank died or did not arrive in time
   GENERATION_ENDED     UNAVAILABLE          yes: the world was rebuilt under this request
+  LAYOUT_ILLEGAL       INVALID_ARGUMENT     no: of Control.Plan; the message has the nearest that can
   MISCONFIGURED        FAILED_PRECONDITION  no: an operator has to act
   CHECKPOINT_INVALID   FAILED_PRECONDITION  no: an operator has to act
   INTERNAL             INTERNAL             no: a bug in k2dist
