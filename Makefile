@@ -1,14 +1,18 @@
-# Two verbs for a fresh machine: `make demo` answers questions, `make test` proves the tree. `make gpu`: on one GPU;
-# `make manifests`: what Kubernetes would get.
+# Two verbs for a fresh machine: `make demo` answers questions, `make test` proves the tree. Besides: `make gpu`, on one GPU;
+# `make two-hosts`, as root, a cluster over two network namespaces; `make manifests`, what Kubernetes would get.
 # Each makes .venv if it is absent. PYTHON picks the interpreter (3.11 or 3.12).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow gpu lint manifests protos clean
+.PHONY: demo two-hosts test slow gpu lint manifests protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/k2dist demo
+
+# Two hosts on this machine, as far as their network goes: asks one question, then serves until Ctrl-C.
+two-hosts: $(VENV)/installed
+	$(BIN)/python deploy/two_hosts.py
 
 test: $(VENV)/installed-test
 	$(MAKE) lint

@@ -56,6 +56,13 @@ def survey(
     return Survey(Manifest(num_parts=parts, digests=found), faults, num_bytes)
 
 
+def unused_files(model_dir: Path) -> tuple[str, ...]:
+    """Names of safetensors files that the index does not name: left of another download, it may be."""
+    with CheckpointFiles(model_dir) as files:
+        used = {each.name for each in files.maps()}
+    return tuple(sorted(path.name for path in model_dir.glob("*.safetensors") if path.name not in used))
+
+
 def _look_at(files: CheckpointFiles, tensor: Published, parts: int) -> tuple[tuple[str, ...], list[str]]:
     """One tensor's digests, and its faults."""
     is_scale = tensor.name.endswith(SCALE_SUFFIX)

@@ -30,6 +30,8 @@ class VerifyReport(Message, frozen=True, kw_only=True):
     num_bytes: int
     manifest: str
     is_new_manifest: bool
+    num_published_sums: int  # that were found beside the files, and hold
+    unused_files: tuple[str, ...]  # safetensors that the index does not name: nothing reads them
     transformers: Comparison
 
 
@@ -42,19 +44,24 @@ def verify(
 ) -> None:
     """Check names, sizes, values and checksums of a checkpoint, and its logits against transformers.
 
-    Checksums are written where there are none; each rank checks its own when it starts.
+    Checksums of tensors are written where there are none; each rank checks its own when it starts. Checksums
+    of files are checked where they came with them: SHA256SUMS, or what huggingface_hub notes of a download.
     """
     # With torch: not for `stop` and `chat`.
     from k2dist.checkpoint.manifest import MANIFEST_NAME, ManifestChecker, read_manifest, write_manifest
-    from k2dist.checkpoint.survey import survey
+    from k2dist.checkpoint.published_sums import published_sums, sum_faults
+    from k2dist.checkpoint.survey import survey, unused_files
 
     architecture = read_architecture(model)
     path = manifest or model / MANIFEST_NAME
     is_new = not path.exists()
     checker = None if is_new else ManifestChecker(read_manifest(path), architecture, str(path))
+    sums = published_sums(model)
     with _bar(is_quiet=as_json) as show:
         found = survey(model, architecture, show)
-    _raise_faults(model, [*found.faults, *(checker.differences(found.manifest) if checker else ())])
+        wrong_sums = sum_faults(model, sums, show)
+    differences = () if checker is None else checker.differences(found.manifest)
+    _raise_faults(model, [*found.faults, *differences, *wrong_sums])
     if is_new:
         write_manifest(path, found.manifest)
     report = VerifyReport(
@@ -63,6 +70,8 @@ def verify(
         num_bytes=found.num_bytes,
         manifest=str(path),
         is_new_manifest=is_new,
+        num_published_sums=len(sums),
+        unused_files=unused_files(model),
         transformers=compare(model, architecture),
     )
     off = report.transformers.off
@@ -90,10 +99,16 @@ def _as_text(report: VerifyReport) -> str:
     else:
         off = f"at most {comparison.off:.1g} of the largest away"
         logits = f"logits as of transformers {comparison.version}, {off}"
-    return (
-        f"{report.model}: {report.num_tensors:,} tensors, {report.num_bytes:,} bytes, nothing wrong\n"
-        f"checksums {were} {report.manifest}\n{logits}"
-    )
+    sums = f"{report.num_published_sums} published SHA-256 of files hold"
+    if not report.num_published_sums:
+        sums = "no checksums of files came with them: bytes are held to the first `k2dist verify` alone"
+    lines = [
+        f"{report.model}: {report.num_tensors:,} tensors, {report.num_bytes:,} bytes, nothing wrong",
+        f"checksums {were} {report.manifest}; {sums}",
+        logits,
+    ]
+    lines += [f"{name}: not in the index, and never read; remove it?" for name in report.unused_files]
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def _room(nodes: Sequence[RayNode], needs: Needs | None) -> Iterator[Finding]:
         )
     elif sum(_times(each, node.free) for node in nodes) < needs.world_size:
         free = ", ".join(f"{node.node} {_times(each, node.free)}" for node in nodes)
-        yield error("ray", f"{wanted}, and what is free now has room for fewer: {free}", _WAIT)
+        yield warning(  # and no error: a cluster that is ending gives it back, and starting waits for that
+            "ray", f"{wanted}, and what is free now has room for fewer: {free}", _WAIT
+        )
     else:
         yield ok("ray", f"{wanted}; room for {shown}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -160,3 +161,73 @@ def test_memory_needed_grows_with_the_weights(tiny_model_dir: Path) -> None:
     more_weights = 12 * 2 * 3 * 128 * 256  # experts x MoE layers x linears
     more_bytes = comparison.bytes_needed(wider) - comparison.bytes_needed(architecture)
     assert 13 * more_weights < more_bytes < 13.5 * more_weights, "as stored, and three times in float32"
+
+
+# -- checksums that came with the files ----------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def list_sums(model_dir: Path) -> int:
+    files = sorted(model_dir.glob("*.safetensors"))
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in files]
+    (model_dir / "SHA256SUMS").write_text("".join(lines))
+    return len(files)
+
+
+def note_downloads(model_dir: Path) -> int:
+    """As huggingface_hub does: revision, etag, time; the etag of a small file is a git hash."""
+    notes = model_dir / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    files = sorted(model_dir.glob("*.safetensors"))
+    for path in files:
+        (notes / f"{path.name}.metadata").write_text(f"{'a' * 40}\n{sha256_of(path)}\n1752.5\n")
+    (notes / "config.json.metadata").write_text(f"{'a' * 40}\n{'b' * 40}\n1752.5\n")
+    return len(files)
+
+
+@pytest.mark.parametrize("publish", [list_sums, note_downloads])
+@pytest.mark.usefixtures("no_transformers")
+def test_a_flipped_bit_is_found_by_a_published_checksum(
+    model_dir: Path, run: Run, publish: Callable[[Path], int]
+) -> None:
+    count = publish(model_dir)
+    code, out, _ = run(model_dir)
+    assert code == 0
+    assert f"{count} published SHA-256 of files hold" in out
+    (model_dir / MANIFEST_NAME).unlink()
+    flip_bit(model_dir / LAST)
+    code, _, err = run(model_dir)
+    assert code == 1
+    assert f"{LAST}: its SHA-256 is {sha256_of(model_dir / LAST)}, and " in err
+    assert "fetch it again" in err
+    assert not (model_dir / MANIFEST_NAME).exists(), "wrong bytes were made the norm"
+
+
+@pytest.mark.usefixtures("no_transformers")
+def test_a_listed_file_that_is_missing_and_a_list_that_is_none(model_dir: Path, run: Run) -> None:
+    list_sums(model_dir)
+    sums = model_dir / "SHA256SUMS"
+    sums.write_text(sums.read_text() + f"{'c' * 64}  gone.safetensors\n")
+    code, _, err = run(model_dir)
+    assert (code, "gone.safetensors: missing, and SHA256SUMS lists it" in err) == (1, True)
+    sums.write_text("<html>not found</html>\n")
+    code, _, err = run(model_dir)
+    assert (code, "SHA256SUMS: line 1 is not a SHA-256 and a file name" in err) == (1, True)
+
+
+@pytest.mark.usefixtures("no_transformers")
+def test_a_file_that_nothing_reads_is_mentioned(model_dir: Path, run: Run) -> None:
+    shutil.copy(model_dir / LAST, model_dir / "old.safetensors")
+    code, out, _ = run(model_dir)
+    assert code == 0
+    assert "old.safetensors: not in the index, and never read" in out
+    assert "no checksums of files came with them" in out

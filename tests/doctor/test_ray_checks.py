@@ -44,7 +44,7 @@ def test_enough_and_held_by_others() -> None:
     held = replace(TWO[1], free={"CPU": 0.5})
     level, what = ray_finding((TWO[0], held))
     assert (level, what.partition("and ")[2]) == (
-        Level.ERROR,
+        Level.WARNING,
         "what is free now has room for fewer: a 2, b 0",
     )
 
