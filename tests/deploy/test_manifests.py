@@ -248,6 +248,14 @@ def test_probes_ask_what_answers(rendered: dict[str, Objects]) -> None:
     assert all(container[f"{name}Probe"]["timeoutSeconds"] > 5 for name in asked)
 
 
+def test_a_cluster_may_end_by_itself_before_it_is_killed(rendered: dict[str, Objects]) -> None:
+    """Its own deadline names the rank that did not arrive; the kubelet's names nobody."""
+    for overlay in set(OVERLAYS) - set(SERVED_BY):
+        probe = parts(rendered[overlay])["service"].container["livenessProbe"]
+        step_s = MANIFESTS.cluster_config(rendered[overlay]).deadlines.step_s
+        assert probe["periodSeconds"] * probe["failureThreshold"] > step_s
+
+
 # -- who belongs together ------------------------------------------------------------------------------------
 
 
