@@ -141,7 +141,7 @@ def test_the_configuration_is_the_one_of_bare_machines(objects: Objects, overlay
     """Up to where it listens, where the weights are, and patience."""
     there = load_cluster(ROOT / "cluster_configs" / LIKE[overlay])
     here = MANIFESTS.cluster_config(objects)
-    for section in ("parallel", "ranks", "exchange", "kernels", "dtype"):
+    for section in ("parallel", "ranks", "kernels", "dtype"):
         assert getattr(here, section) == getattr(there, section), section
     assert here.nodes.num_nodes == there.nodes.num_nodes
 
@@ -217,10 +217,11 @@ def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
     """`k2dist plan` counts more than bytes over the disk's speed."""
     if "plan" not in typer.main.get_command(app).commands:
         pytest.skip("there is no `k2dist plan` yet")
+    rate = ("--disk-gb-s", str(MANIFESTS.DISK_BYTES_PER_S / 1e9))
     for overlay in ("h200-2x8", "h200-4x8-rdma"):
         limits = MANIFESTS.cluster_config(rendered[overlay]).deadlines
         path = ROOT / "cluster_configs" / LIKE[overlay]  # the same layout, and it names the device
-        asked = CliRunner().invoke(app, ["plan", str(path), "--model", "kimi-k2-instruct", "--json"])
+        asked = CliRunner().invoke(app, ["plan", str(path), *rate, "--model", "kimi-k2-instruct", "--json"])
         assert asked.exit_code == 0, asked.output
         plan = json.loads(asked.stdout)
         assert plan["load_s"] < limits.load_s
@@ -246,6 +247,14 @@ def test_probes_ask_what_answers(rendered: dict[str, Objects]) -> None:
     }
     assert asked == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
     assert all(container[f"{name}Probe"]["timeoutSeconds"] > 5 for name in asked)
+
+
+def test_a_cluster_may_end_by_itself_before_it_is_killed(rendered: dict[str, Objects]) -> None:
+    """Its own deadline names the rank that did not arrive; the kubelet's names nobody."""
+    for overlay in set(OVERLAYS) - set(SERVED_BY):
+        probe = parts(rendered[overlay])["service"].container["livenessProbe"]
+        step_s = MANIFESTS.cluster_config(rendered[overlay]).deadlines.step_s
+        assert probe["periodSeconds"] * probe["failureThreshold"] > step_s
 
 
 # -- who belongs together ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import yaml
 
 from k2dist.cli.app import app
 from k2dist.config.cluster import ClusterConfig
+from k2dist.config.load import load_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -57,6 +59,16 @@ def test_commands_are_the_programs(page: Path) -> None:
         assert name in commands, name
 
 
+def test_the_job_sends_the_wheel_that_is_built() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wheel,) = yaml.safe_load((DEPLOY / "job/runtime_env.yaml").read_text())["pip"]
+    assert wheel.startswith("${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/k2dist-" + project["version"] + "-cp311-")
+
+
+def test_the_jobs_configuration_loads() -> None:
+    assert load_cluster(DEPLOY / "job/cluster.yaml").name == "job"
+
+
 def test_every_overlay_and_component_is_told(page: Path) -> None:
     if page.parent.name != "kuberay":
         return
@@ -69,8 +81,7 @@ def test_every_alert_has_its_section() -> None:
     rules = sorted((DEPLOY / "prometheus").glob("*.y*ml"))
     if not rules:
         pytest.skip("there are no alert rules yet")
-    anchors = set(re.findall(r"^### (alert-[\w-]+)", TEXTS[DEPLOY / "README.md"], flags=re.M))
-    for path in rules:
-        for group in yaml.safe_load(path.read_text()).get("groups", ()):
-            for rule in group["rules"]:
-                assert "alert" not in rule or f"alert-{rule['alert'].lower()}" in {a.lower() for a in anchors}
+    headings = re.findall(r"^### (alert-\w+)", TEXTS[DEPLOY / "README.md"], flags=re.M)
+    groups = [group for path in rules for group in yaml.safe_load(path.read_text()).get("groups", ())]
+    alerts = {f"alert-{rule['alert']}" for group in groups for rule in group["rules"] if "alert" in rule}
+    assert set(headings) == alerts

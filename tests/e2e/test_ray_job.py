@@ -25,7 +25,10 @@ def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("wheel")
     directory = made / "job"
     shutil.copytree(ROOT / "deploy/job", directory, ignore=shutil.ignore_patterns("*.whl"))
-    shutil.copy(build_wheel(made), directory)
+    wheel = build_wheel(made)
+    shutil.copy(wheel, directory)
+    settings = directory / "runtime_env.yaml"
+    settings.write_text(re.sub(r"k2dist-.*\.whl", wheel.name, settings.read_text()))  # of this Python
     config = yaml.safe_load((directory / "cluster.yaml").read_text())
     config["parallel"], config["ranks"] = {"lanes": 1, "tp": 1}, {"rank_cpus": 2}
     config["service"] = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
