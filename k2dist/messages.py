@@ -314,4 +314,4 @@ class RankStats(Message, frozen=True, kw_only=True):
     masks_s_total: float  # making them, part of host_s_total
     num_masks_late: int  # steps whose forward pass was done before their masks were
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
-    groups: tuple[GroupStats, ...] = ()  # those it is a member of; a group of one never waits, and is left out
+    groups: tuple[GroupStats, ...] = ()  # those it is in; a group of one never waits, and is left out

@@ -15,6 +15,7 @@ import ray
 from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
 from k2dist.cluster.world import World
+from k2dist.cluster.world_handle import WorldHandle
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
 
@@ -27,7 +28,13 @@ _CLOSE_S = 2.0  # for ending open streams with a status; then it is killed
 class Service(Protocol):
     """What the class that runs in the coordinator's process offers: `service.CoordinatorActor`."""
 
-    def __init__(self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle]) -> None: ...
+    def __init__(
+        self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle], *, world: WorldHandle
+    ) -> None: ...
+
+    async def enter_process(self) -> None:
+        """Called first, where it is a process of its own."""
+        ...
 
     async def start(self) -> str:
         """Listen for clients; returns the address."""
@@ -50,13 +57,14 @@ class ServiceProcess:
         self._service = service
         self._actor: Any = None
 
-    def create(self, lanes: Sequence[LaneHandle]) -> None:
+    def create(self, lanes: Sequence[LaneHandle], world: WorldHandle) -> None:
         """Start the process; it listens to nobody yet."""
         self._actor = (
             ray.remote(self._service)
             .options(name=NAME, lifetime="detached", num_cpus=0, max_restarts=0)
-            .remote(self._world.config, self._world.model_dir, lanes)
+            .remote(self._world.config, self._world.model_dir, lanes, world=world)
         )
+        self._actor.enter_process.remote()
 
     async def open(self) -> str:
         """The address it now listens on. Errors: CapacityError (port in use), PeerError."""

@@ -1,4 +1,4 @@
-"""Counts by size, as Prometheus wants them, without Prometheus: plain numbers that can cross a process. Pure."""
+"""Counts by size, as Prometheus wants them, in plain numbers that can cross a process. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from k2dist.messages import Message
 
 
 class HistogramFacts(Message, frozen=True, kw_only=True):
-    """`counts[i]`: values in (bounds[i-1], bounds[i]]; one count more than bounds, of what is above them all."""
+    """`counts[i]`: values in (bounds[i-1], bounds[i]]; the last one, of what is above all bounds."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]

@@ -1,8 +1,8 @@
 """What happened to one request, from its arrival to its end: times, counts, no text. Pure.
 
-    arrived ── queue ──> sent ── admission ──> accepted ── prefill ──> first token ── decode ──> ended
-    coordinator's queue   to a lane, and its    in the lane's queue,    of any output
-                          answer                then its prompt
+arrived ── queue ──> sent ── admission ──> accepted ── prefill ──> first token ── decode ──> ended
+coordinator's queue   to a lane, and its    in the lane's queue,    of any output
+                      answer                then its prompt
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
         return Hang(late, waiting, f"{group.under_way} ({group.group})", waited_s)
     silent = [rank for rank in ranks if rank.silent_s >= bound_s]
     if silent:
-        return Hang(
-            tuple(rank.world_rank for rank in silent), (), "", max(rank.silent_s for rank in silent)
-        )
+        return Hang(tuple(rank.world_rank for rank in silent), (), "", max(rank.silent_s for rank in silent))
     return None
 
 

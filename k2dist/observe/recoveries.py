@@ -1,7 +1,7 @@
 """How often a world was rebuilt, and for how long nothing ran meanwhile. Pure.
 
-    running in generation 1 ... not running ............. running in generation 2
-                                |<-- one recovery ------->|
+running in generation 1 ... not running ............. running in generation 2
+                            |<-- one recovery ------->|
 """
 
 from __future__ import annotations

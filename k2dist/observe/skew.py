@@ -68,4 +68,6 @@ def _shape(rows: list[list[int]]) -> list[int]:
 
 
 def _has_fallen(old: list[list[int]], new: list[list[int]]) -> bool:
-    return any(b < a for before, after in zip(old, new, strict=True) for a, b in zip(before, after, strict=True))
+    return any(
+        b < a for before, after in zip(old, new, strict=True) for a, b in zip(before, after, strict=True)
+    )

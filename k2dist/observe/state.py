@@ -53,6 +53,14 @@ class LaneView(Message, frozen=True, kw_only=True):
     is_silent: bool = False  # it did not answer just now
 
 
+class Health(Message, frozen=True, kw_only=True):
+    """Why it is not ready, and why it is unwell; empty where it is. `late`: world ranks that are to blame."""
+
+    not_ready: str = ""
+    unwell: str = ""
+    late: tuple[int, ...] = ()
+
+
 class ClusterState(Message, frozen=True, kw_only=True):
     cluster: str
     model: str
@@ -63,6 +71,7 @@ class ClusterState(Message, frozen=True, kw_only=True):
     requests: RequestFacts
     world: WorldState | None = None  # None: there is no supervisor, or it does not answer
     world_error: str = ""  # why there is none
+    health: Health = Health()
 
 
 def view_rank(

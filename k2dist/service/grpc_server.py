@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc, observe_pb2_grpc
 from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist.errors import CapacityError, K2Error, RequestError
 from k2dist.messages import LaneLoad
@@ -25,7 +25,9 @@ from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.coordinator import AbortResult, Coordinator
 from k2dist.service.error_codes import DETAILS_KEY, row_of, status_details
 from k2dist.service.generation import AnswerStyle, Generation
+from k2dist.service.observe_server import OBSERVE, ObserveServicer
 from k2dist.service.reflection_v1 import add_reflection_v1
+from k2dist.service.state import StateWatch
 from k2dist.service.wire_events import write_event
 from k2dist.service.wire_requests import read_chat, read_positions, read_request
 
@@ -58,13 +60,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GrpcServer:
     """One grpc.aio server on one address. Begins NOT_SERVING; `set_serving` tells health checks."""
 
-    def __init__(self, cluster: str, generation: Generation, coordinator: Coordinator[AnswerStyle]) -> None:
+    def __init__(
+        self, cluster: str, generation: Generation, coordinator: Coordinator[AnswerStyle], watch: StateWatch
+    ) -> None:
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = HealthServicer()
-        names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (INFERENCE, CONTROL, OBSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(generation), self._server)
         control = ControlServicer(cluster, generation.model.name, coordinator)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        observe = ObserveServicer(watch, coordinator.book, _statuses)
+        observe_pb2_grpc.add_ObserveServicer_to_server(observe, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
         add_reflection_v1(names, self._server)
@@ -85,7 +91,7 @@ class GrpcServer:
     async def set_serving(self, is_serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if is_serving else statuses.NOT_SERVING
-        for service in ("", INFERENCE, CONTROL):
+        for service in ("", INFERENCE, CONTROL, OBSERVE):
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
@@ -102,7 +108,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         async with _statuses(context):
-            await self._write(self._generation.generate(read_request(request)), context)
+            asked, parent = read_request(request), _traceparent(context)
+            await self._write(self._generation.generate(asked, traceparent=parent), context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
         async with _statuses(context):
@@ -180,6 +187,12 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 queued_requests=self._coordinator.num_queued,
                 live_outputs=self._coordinator.num_outputs,
             )
+
+
+def _traceparent(context: Context) -> str:
+    """W3C's, of the span that calls; "" if there is none."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("traceparent", ""))
 
 
 @asynccontextmanager

@@ -16,7 +16,11 @@ COURSE = Course(queued_s=0.5, cached_tokens=2, num_chunks=3, num_preemptions=1)
 
 def ask(name: str, *, outputs: int = 1, tenant: str = "") -> Request:
     return Request(
-        request_id=RequestId(name), prompt=(1, 2, 3, 4), sampling=Sampling(), num_outputs=outputs, tenant=tenant
+        request_id=RequestId(name),
+        prompt=(1, 2, 3, 4),
+        sampling=Sampling(),
+        num_outputs=outputs,
+        tenant=tenant,
     )
 
 
