@@ -12,6 +12,7 @@ from k2kernels import KernelSet
 from k2kernels.native import NoNativeKernelsError
 
 from k2dist.errors import ConfigError
+from k2dist.observe.event_log import EventLog
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LOG = EventLog(logging.getLogger(__name__))
