@@ -15,6 +15,7 @@ from k2dist.cli.inspect import inspect
 from k2dist.cli.rehearse import rehearse
 from k2dist.cli.serve import serve
 from k2dist.cli.stop import stop
+from k2dist.cli.trace import trace
 from k2dist.cli.verify import verify
 from k2dist.errors import K2Error, UsageError
 
@@ -31,6 +32,7 @@ app.command()(generate)
 app.command()(stop)
 app.command()(verify)
 app.command()(rehearse)
+inspect.command()(trace)
 app.add_typer(inspect, name="inspect")
 app.add_typer(bench, name="bench")
 

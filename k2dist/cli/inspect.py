@@ -32,7 +32,8 @@ from k2dist.parallel import (
 from k2dist.planner import check_memory, configured_terms, plan_memory, survivable_losses
 
 inspect = typer.Typer(
-    help="Say what a layout reads, holds and survives, without starting it.", no_args_is_help=True
+    help="What a layout reads, holds and survives, without starting it; what became of a request.",
+    no_args_is_help=True,
 )
 
 Config = Annotated[Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or give --lanes.")]

@@ -132,13 +132,11 @@ def test_calls_of_tools_are_shown_and_their_results_go_back(
         page.type("And the weather?")
         page.press("Enter", 13)
         page.await_that("document.querySelectorAll('.call form').length === 2")
-        shown = [
-            page.value(
-                f"document.querySelectorAll('.call')[{index}].innerText.split('\\n').slice(0, 2).join()"
-            )
-            for index in range(2)
-        ]
-        assert shown == ['calls get_weather,{"city": "Rome"}', 'calls get_weather,{"city": "Zürich"}']
+        calls = "[...document.querySelectorAll('.call')]"
+        shown = page.value(f"{calls}.map(call => call.querySelector('p').innerText)")
+        assert shown == ["calls get_weather"] * 2
+        shown = page.value(f"{calls}.map(call => call.querySelector('pre').innerText)")
+        assert shown == ['{"city": "Rome"}', '{"city": "Zürich"}']
         for result in ("sunny", "foggy"):  # the first one has the focus
             page.value("document.querySelector('.call input').focus()")
             page.type(result)
