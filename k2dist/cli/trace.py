@@ -67,7 +67,10 @@ def _output(output: OutputTrace, accepted_s: float | None) -> Iterator[tuple[flo
             else ""
         )
         error = f": {output.error}" if output.error else ""
-        yield output.ended_s, f"ended ({output.finish}) with {_count(output.num_tokens, 'token')}{preempted}{error}"
+        yield (
+            output.ended_s,
+            f"ended ({output.finish}) with {_count(output.num_tokens, 'token')}{preempted}{error}",
+        )
 
 
 def _count(number: int, noun: str) -> str:
