@@ -31,17 +31,18 @@ class Hang(NamedTuple):
 
 
 def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
-    """The collective in which somebody has waited longest, if for `bound_s` or more; else a rank that has
-    been silent so long."""
+    """The collective in which somebody has waited longest, if for `bound_s` or more; else a rank that has been
+    silent so long, with whoever has waited for half of it: what waiters say is a look older than the silence.
+    """
     waits = [(group.waiting_s, rank, group) for rank in ranks for group in _groups(rank) if group.under_way]
     longest = max(waits, key=lambda wait: wait[0], default=None)
-    if longest is not None and longest[0] >= bound_s:
+    silent = [rank for rank in ranks if rank.silent_s >= bound_s]
+    if longest is not None and longest[0] >= (bound_s / 2 if silent else bound_s):
         waited_s, first, group = longest
         members = [rank for rank in ranks if _is_member(rank, group.group, first.lane)]
         late = tuple(rank.world_rank for rank in members if _is_late(rank, group))
         waiting = tuple(rank.world_rank for rank in members if rank.world_rank not in late)
         return Hang(late, waiting, f"{group.under_way} ({group.group})", waited_s)
-    silent = [rank for rank in ranks if rank.silent_s >= bound_s]
     if silent:
         return Hang(tuple(rank.world_rank for rank in silent), (), "", max(rank.silent_s for rank in silent))
     return None

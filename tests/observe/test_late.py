@@ -71,6 +71,15 @@ def test_a_rank_that_nobody_waits_for_is_missed_all_the_same() -> None:
     assert str(hang) == "rank 1 is late: no answer for 30 s"
 
 
+def test_silence_that_is_long_enough_needs_waits_only_half_as_long() -> None:
+    """What the others said of their waits is older than the silence."""
+    ranks = [rank(0, group("world", 8, 4.0)), rank(1, group("world", 7)), rank(2, silent_s=5.0)]
+    hang = find_hang(ranks, 5.0)
+    assert hang is not None
+    assert (hang.late, hang.waiting, hang.since_s) == ((1, 2), (0,), 4.0)
+    assert find_hang(ranks[:2], 5.0) is None
+
+
 def test_when_all_have_arrived_nobody_is_blamed() -> None:
     hang = find_hang([rank(0, group("world", 8, 6.0)), rank(1, group("world", 8, 6.0))], 5.0)
     assert hang is not None
