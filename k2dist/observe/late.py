@@ -31,8 +31,8 @@ class Hang(NamedTuple):
 
 
 def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
-    """The collective in which somebody has waited longest, if for `bound_s` or more; else a rank that has been
-    silent so long, with whoever has waited for half of it: what waiters say is a look older than the silence.
+    """The collective in which somebody has waited longest, if for `bound_s` or more; else a rank silent
+    for so long, and who has waited for half of it: what waiters say is older than the silence.
     """
     waits = [(group.waiting_s, rank, group) for rank in ranks for group in _groups(rank) if group.under_way]
     longest = max(waits, key=lambda wait: wait[0], default=None)
