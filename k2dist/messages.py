@@ -147,6 +147,15 @@ class Usage(Message, frozen=True, kw_only=True):
     completion_tokens: int = 0
 
 
+class Course(Message, frozen=True, kw_only=True, gc=False):
+    """How one output has gone in its lane so far."""
+
+    queued_s: float = 0.0  # from its admission until it first ran
+    cached_tokens: int = 0  # of its prompt, found computed when it first ran
+    num_chunks: int = 0  # grants of prompt positions, those that were repeated included
+    num_preemptions: int = 0
+
+
 class Event(Message, frozen=True, kw_only=True, gc=False):
     """A delta of one output: tokens [first_index, first_index + len(token_ids)), then perhaps its end."""
 
@@ -162,6 +171,7 @@ class Event(Message, frozen=True, kw_only=True, gc=False):
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     usage: Usage | None = None  # with `finish`: of this output alone
     error: str = ""  # with FinishReason.ERROR or TIMEOUT
+    course: Course | None = None  # with an output's first token, and with its end
 
 
 class NewSequence(Message, frozen=True, kw_only=True):
@@ -246,6 +256,11 @@ class LaneLoad(Message, frozen=True, kw_only=True):
     num_tokens_waiting: int = 0  # known tokens of all that wait: what it would have to compute first
     num_pages_cached: int = 0  # free, and of use to a prompt that begins with what they hold
     num_steps: int = 0  # with grants, committed: it stands still while there is work only if the lane hangs
+    # Since it began: sequences that lost their pages to others; prompt tokens of those that began to run, and
+    # of these the ones found in the cache.
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 class AdmitReply(Message, frozen=True, kw_only=True):
@@ -276,6 +291,24 @@ class LiveRequest(Message, frozen=True, kw_only=True):
     outputs: tuple[LiveOutput, ...]
 
 
+class CollectiveStats(Message, frozen=True, kw_only=True):
+    """Of one kind of call, those that have ended. The wait is all the time in it, the transfer included."""
+
+    call: str  # as `comm.Communicator` names it
+    num_calls: int
+    wait_s_total: float
+
+
+class GroupStats(Message, frozen=True, kw_only=True):
+    """One rank's calls in one of its groups, since it joined it."""
+
+    group: str  # world, world-control, lane or lane-control
+    num_begun: int  # of all kinds; who has begun fewer than its peers is late
+    collectives: tuple[CollectiveStats, ...] = ()
+    under_way: str = ""  # the call it is in
+    waiting_s: float = 0.0  # and for how long
+
+
 class RankStats(Message, frozen=True, kw_only=True):
     """Counters since the start; of this rank alone. Host and device work at the same time."""
 
@@ -293,3 +326,4 @@ class RankStats(Message, frozen=True, kw_only=True):
     masks_s_total: float  # making them, part of host_s_total
     num_masks_late: int  # steps whose forward pass was done before their masks were
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
+    groups: tuple[GroupStats, ...] = ()  # those it is in; a group of one never waits, and is left out

@@ -17,6 +17,7 @@ from k2dist.cli.plan import plan
 from k2dist.cli.rehearse import rehearse
 from k2dist.cli.serve import serve
 from k2dist.cli.stop import stop
+from k2dist.cli.trace import trace
 from k2dist.cli.verify import verify
 from k2dist.errors import K2Error, UsageError
 
@@ -35,6 +36,7 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(verify)
 app.command()(rehearse)
+inspect.command()(trace)
 app.add_typer(inspect, name="inspect")
 app.add_typer(bench, name="bench")
 

@@ -30,13 +30,10 @@ from k2dist.parallel import (
     shard_plans,
 )
 
-inspect = typer.Typer(help="Say what a layout reads, without starting it.", no_args_is_help=True)
-
-
-@inspect.callback()
-def _group() -> None:
-    """Say what a layout reads, without starting it."""  # else typer would take away the name `shards`
-
+inspect = typer.Typer(
+    help="Which bytes a layout reads, without starting it; what became of a request.",
+    no_args_is_help=True,
+)
 
 Config = Annotated[Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or give --lanes.")]
 Model = Annotated[

@@ -18,17 +18,22 @@ from k2dist.cluster.placement import detached_here
 from k2dist.cluster.world import World
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
+from k2dist.observe.event_log import EventLog
 
 NAME = "gateway"
 _WATCH_S = 1.0  # a dead gateway is noticed within this, and tried again so often
 _CLOSE_S = 5.0  # for responses that are still written; then it is killed
-_log = logging.getLogger(__name__)
+_log = EventLog(logging.getLogger(__name__))
 
 
 class Gateway(Protocol):
     """What the class that runs in the gateway's process offers: `service.GatewayActor`."""
 
     def __init__(self, config: ClusterConfig) -> None: ...
+
+    async def enter_process(self) -> None:
+        """Called first, where it is a process of its own."""
+        ...
 
     async def start(self, coordinator: str, http: str) -> str:
         """Listen for clients; returns the address."""
@@ -52,6 +57,7 @@ class GatewayProcess:
         """Start the process; it listens to nobody yet."""
         if self._wanted is not None:
             self._actor = ray.remote(self._gateway).options(**detached_here(NAME)).remote(self._world.config)
+            self._actor.enter_process.remote()
 
     async def open(self, coordinator: str) -> str:
         """The address it now listens on, or "". Errors: CapacityError (port in use), PeerError."""
@@ -70,7 +76,7 @@ class GatewayProcess:
                 call_s = self._world.config.deadlines.call_s
                 await answer(self._actor.address.remote(), call_s, "the gateway")
             except K2Error as error:
-                _log.error("gateway.lost %s", error)
+                _log.error("gateway.lost", error=str(error))
                 ray.kill(self._actor, no_restart=True)
                 await self._open_again(coordinator)
 
@@ -79,7 +85,7 @@ class GatewayProcess:
             self.create()
             await self.open(coordinator)
         except (K2Error, ValueError) as error:  # Ray's ValueError: the name is not free yet; next time
-            _log.error("gateway.not_opened %s", error)
+            _log.error("gateway.not_opened", error=str(error))
 
     async def close(self) -> None:
         """Let it finish what it writes, then end the process."""

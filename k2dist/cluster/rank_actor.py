@@ -28,6 +28,7 @@ from k2dist.messages import (
     RankStats,
     Request,
 )
+from k2dist.observe.event_log import set_up_logs
 
 if TYPE_CHECKING:  # torch comes with these, and reads its number of threads when it is imported
     from k2dist.engine import LanePort, RankRuntime
@@ -57,6 +58,8 @@ class RankActor:
 
     def __init__(self, world: World, world_rank: WorldRank) -> None:
         _set_threads(world.config.ranks.threads)
+        observe = world.config.observe
+        set_up_logs(observe.log_level, observe.log_format, process=f"rank-{world_rank}")
         self._world = world
         self._world_rank = world_rank
         self._runtime: RankRuntime | None = None

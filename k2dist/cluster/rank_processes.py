@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Any
 
 import ray
@@ -94,6 +95,11 @@ class RankProcesses:
         """Of every rank, in rank order."""
         refs = [actor.stats.remote() for actor in self._in_order()]
         return tuple([await ref for ref in refs])
+
+    def ask_stats(self, world_rank: WorldRank) -> Awaitable[RankStats]:
+        """Of one rank, for whoever can wait for it, or not. RayError: it died."""
+        answer: Awaitable[RankStats] = self._actors[world_rank].stats.remote()
+        return answer
 
     def stop(self, world_rank: WorldRank) -> None:
         """Tell it to leave its loop; `run` then ends."""

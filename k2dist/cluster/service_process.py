@@ -16,6 +16,7 @@ from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
 from k2dist.cluster.placement import detached_here
 from k2dist.cluster.world import World
+from k2dist.cluster.world_handle import WorldHandle
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
 
@@ -28,7 +29,13 @@ _CLOSE_S = 2.0  # for ending open streams with a status; then it is killed
 class Service(Protocol):
     """What the class that runs in the coordinator's process offers: `service.CoordinatorActor`."""
 
-    def __init__(self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle]) -> None: ...
+    def __init__(
+        self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle], *, world: WorldHandle
+    ) -> None: ...
+
+    async def enter_process(self) -> None:
+        """Called first, where it is a process of its own."""
+        ...
 
     async def start(self) -> str:
         """Listen for clients; returns the address."""
@@ -51,13 +58,14 @@ class ServiceProcess:
         self._service = service
         self._actor: Any = None
 
-    def create(self, lanes: Sequence[LaneHandle]) -> None:
+    def create(self, lanes: Sequence[LaneHandle], world: WorldHandle) -> None:
         """Start the process; it listens to nobody yet."""
         self._actor = (
             ray.remote(self._service)
             .options(**detached_here(NAME))
-            .remote(self._world.config, self._world.model_dir, lanes)
+            .remote(self._world.config, self._world.model_dir, lanes, world=world)
         )
+        self._actor.enter_process.remote()
 
     async def open(self) -> str:
         """The address it now listens on. Errors: CapacityError (port in use), PeerError."""

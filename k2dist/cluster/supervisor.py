@@ -26,10 +26,14 @@ from k2dist.cluster.rank_processes import RankProcesses
 from k2dist.cluster.service_process import Service, ServiceProcess
 from k2dist.cluster.status import ClusterStatus, RankStatus
 from k2dist.cluster.world import Rendezvous, World
+from k2dist.cluster.world_handle import WorldHandle
+from k2dist.cluster.world_watch import WorldWatch
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import K2Error
 from k2dist.ids import Generation, WorldRank
 from k2dist.messages import RankProgress, RankStats
+from k2dist.observe import Recoveries, WorldState
+from k2dist.observe.event_log import EventLog, set_up_logs
 from k2dist.supervision import (
     Action,
     Beat,
@@ -64,7 +68,7 @@ from k2dist.supervision import (
 NAME = "supervisor"
 _PROGRESS_S = 0.25  # how often a loading rank is asked how far it is
 _LAST_WORDS_S = 2.0  # between the end and the end of this process: for watchers to read the last status
-_log = logging.getLogger(__name__)
+_log = EventLog(logging.getLogger(__name__))
 
 
 class Supervisor:
@@ -73,11 +77,14 @@ class Supervisor:
     def __init__(
         self, world: World, service: type[Service], gateway: type[Gateway], *, has_lease: bool
     ) -> None:
+        set_up_logs(world.config.observe.log_level, world.config.observe.log_format, process="supervisor")
         self._world = world
         self._table = first_table(
             world.layout.world_size, _deadlines(world), has_lease=has_lease, now_s=time.monotonic()
         )
         self._ranks = RankProcesses(world)
+        self._watch = WorldWatch(world, self._ranks)
+        self._recoveries = Recoveries()
         self._service = ServiceProcess(world, service)
         self._gateway = GatewayProcess(world, gateway)
         self._group: PlacementGroup | None = None
@@ -132,6 +139,16 @@ class Supervisor:
         """Of every rank, in rank order."""
         return await self._ranks.stats()
 
+    async def world_state(self) -> WorldState:
+        """Every rank with what it counts; within seconds, also where some do not answer."""
+        status = await self.status()
+        return WorldState(
+            generation=status.generation,
+            phase=status.phase,
+            ranks=await self._watch.look(status.ranks),
+            recoveries=self._recoveries.facts(time.monotonic()),
+        )
+
     # -- the table -------------------------------------------------------------------------------------
 
     def _take(self, event: Event) -> None:
@@ -139,6 +156,13 @@ class Supervisor:
         for action in actions:
             self._carry_out(action)
         self._set_timer()
+        phase = self._table.phase
+        self._recoveries.note(
+            self._table.generation,
+            time.monotonic(),
+            is_running=phase is Phase.RUNNING,
+            is_ending=phase >= Phase.DRAINING,
+        )
         if not isinstance(event, Beat | Tick) or actions:
             self._note_change()
         if self._table.phase is Phase.STOPPED and actions:
@@ -169,7 +193,9 @@ class Supervisor:
                 self._ranks.create(action, self._group)
                 self._spawn_event(self._ranks.start(action))
                 if action.world_rank == self._world.layout.world_size - 1:  # its lanes can be named now
-                    self._service.create(self._ranks.lanes())
+                    self._service.create(
+                        self._ranks.lanes(), WorldHandle(ray.get_runtime_context().current_actor)
+                    )
                     self._gateway.create()
             case LoadRank():
                 self._spawn_event(self._ranks.load(action))
@@ -192,8 +218,8 @@ class Supervisor:
             case RemovePlacement():
                 self._spawn(self._remove())
             case Report(name, detail, world_rank, is_error):
-                level = logging.ERROR if is_error else logging.INFO
-                _log.log(level, "%s world_rank=%s %s", name, world_rank, detail)
+                tell = _log.error if is_error else _log.info
+                tell(name, world_rank=world_rank, detail=detail)
 
     async def _place(self) -> None:
         try:
@@ -300,7 +326,7 @@ class Supervisor:
         """A bug here must not leave a world that nobody watches."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.critical("supervisor.bug", exc_info=error)
+            _log.bug("supervisor.bug", error)
             self._service_error = f"a bug in the supervisor: {type(error).__name__}: {error}"
             self._take(StopRequested(self._service_error))
 

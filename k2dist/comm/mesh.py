@@ -9,6 +9,7 @@ Legend: N rows, T rows of the whole group, t rows of this rank's share, D column
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from k2dist.comm.rows import check_counts, from_bytes, sum_in_order, to_bytes
+from k2dist.observe import Waits
 
 # A broadcast's first frame: 8 bytes of length, then data. A step's plan nearly always fits: one exchange.
 _FRAME_BYTES = 4096
@@ -30,6 +32,7 @@ class MeshCommunicator(ABC):
         assert 0 <= rank < size, f"rank {rank} of {size}"
         self._rank = rank
         self._size = size
+        self.waits = Waits()
 
     @property
     def rank(self) -> int:
@@ -92,7 +95,10 @@ class MeshCommunicator(ABC):
 
     def _all_to_all(self, x_ND: Tensor, send: Sequence[int], recv: Sequence[int], call: str) -> Tensor:
         check_counts(x_ND, send, recv, self._size)
-        return from_bytes(self._swap(to_bytes(x_ND), send, recv, call), x_ND.dtype)
+        self.waits.begin(call, time.monotonic())
+        arrived_NB = self._swap(to_bytes(x_ND), send, recv, call)
+        self.waits.end(time.monotonic())
+        return from_bytes(arrived_NB, x_ND.dtype)
 
     def _broadcast(self, data: bytes, source: int, num_bytes: int) -> bytes:
         """`num_bytes` from `source` to all, as rows of one byte."""

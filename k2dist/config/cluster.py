@@ -154,6 +154,18 @@ class ServiceConfig(Message, frozen=True, kw_only=True):
     specials_in_text: bool = False
 
 
+class ObserveConfig(Message, frozen=True, kw_only=True):
+    """What the cluster's processes say of themselves, besides `/metrics`. Never prompts, answers or keys."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # lower: less to search, less to find
+    log_format: Literal["text", "json"] = "text"  # json: for whoever gathers the logs of many machines
+    # Of an OpenTelemetry collector that takes OTLP over HTTP, such as http://127.0.0.1:4318: spans of
+    # requests go there. None: none are made.
+    otlp_endpoint: str | None = None
+    # Of requests that come without a traceparent, so many are traced; less: less to send and to keep.
+    trace_share: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+
 class ClusterConfig(Message, frozen=True, kw_only=True):
     """See the module. `name` is also the namespace of its actors in Ray."""
 
@@ -177,6 +189,7 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
     deadlines: DeadlinesConfig = DeadlinesConfig()
     ray: RayConfig = RayConfig()
     service: ServiceConfig = ServiceConfig()
+    observe: ObserveConfig = ObserveConfig()
 
 
 def faults_between(config: ClusterConfig) -> Iterator[str]:
@@ -212,6 +225,9 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
             f"nodes.num_nodes={num_nodes}: {world_size} ranks (lanes x tp + expert_only_ranks) do not spread "
             f"evenly; use a divisor of {world_size}, or other lanes"
         )
+    endpoint = config.observe.otlp_endpoint
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        yield f"observe.otlp_endpoint={endpoint!r}: use a URL, such as http://127.0.0.1:4318"
     if not config.network.address:
         yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"
 

@@ -12,9 +12,10 @@ from k2kernels import KernelSet
 from k2kernels.native import NoNativeKernelsError
 
 from k2dist.errors import ConfigError
+from k2dist.observe.event_log import EventLog
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_LOG = logging.getLogger(__name__)
+_LOG = EventLog(logging.getLogger(__name__))
 
 
 CPU = torch.device("cpu")
@@ -50,5 +51,5 @@ def _best(dtype: str) -> KernelSet:
         try:
             return KernelSet.native()
         except NoNativeKernelsError as error:
-            _LOG.warning("kernels.slow_path reason=%r", str(error))
+            _LOG.warning("kernels.slow_path", reason=str(error))
     return KernelSet.reference(_DTYPES[dtype])

@@ -29,6 +29,7 @@ from k2dist.checkpoint import load_shard
 from k2dist.comm import CapacityRule, Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
+from k2dist.comm.mesh import MeshCommunicator
 from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
@@ -43,7 +44,7 @@ from k2dist.engine.sequences import Sequences
 from k2dist.engine.steps import Model, Step, Steps
 from k2dist.grammar import Grammars
 from k2dist.ids import Generation
-from k2dist.messages import Message, RankStats, StepPlan
+from k2dist.messages import GroupStats, Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
@@ -84,6 +85,20 @@ class RankComms:
         for group in (self.world, self.world_control, self.lane, self.lane_control):
             if group is not None:
                 group.fence()
+
+    def stats(self, now_s: float) -> tuple[GroupStats, ...]:
+        """Of each group in which one can wait."""
+        groups = {
+            "world": self.world,
+            "world-control": self.world_control,
+            "lane": self.lane,
+            "lane-control": self.lane_control,
+        }
+        return tuple(
+            group.waits.facts(name, now_s)
+            for name, group in groups.items()
+            if isinstance(group, MeshCommunicator)
+        )
 
 
 class Bells(Protocol):
@@ -182,6 +197,7 @@ class RankRuntime:
             masks_s_total=self._masks.made_s_total,
             num_masks_late=self._num_late,
             expert_load=() if exchange is None else exchange.expert_load(),
+            groups=() if self._member is None else self._member.comms.stats(time.monotonic()),
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------

@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from k2dist.messages import LaneLoad, Message
+from k2dist.messages import LaneLoad
+from k2dist.observe import StepPair
 from k2dist.planner.cost import StepModel
 from k2dist.planner.work import LaneWork
-
-
-class Pair(Message, frozen=True, kw_only=True):
-    """Of one step of all lanes. Tokens a second: of all lanes, if each running sequence gets one a step."""
-
-    estimated_step_s: float
-    measured_step_s: float
-    estimated_tokens_per_s: float
-    measured_tokens_per_s: float
 
 
 class Beside:
@@ -30,7 +22,7 @@ class Beside:
         self._page_tokens = page_tokens
         self._since: tuple[float, int] | None = None  # the last look that found work, and the steps by then
 
-    def note(self, loads: Sequence[LaneLoad], now_s: float) -> Pair | None:
+    def note(self, loads: Sequence[LaneLoad], now_s: float) -> StepPair | None:
         """What the lanes say now; None while there is nothing to compare: idle, or one look only.
 
         Measured is the mean since the look before this one, if both found somebody running.
@@ -48,7 +40,7 @@ class Beside:
             return None
         measured_s = (now_s - before[0]) / (num_steps - before[1])
         estimated_s = self._estimated_s(loads)
-        return Pair(
+        return StepPair(
             estimated_step_s=estimated_s,
             measured_step_s=measured_s,
             estimated_tokens_per_s=num_running / estimated_s,

@@ -204,6 +204,9 @@ class Scheduler:
             num_pages_free=self._roster.pool.num_free,
             num_pages_cached=self._roster.pool.num_idle,
             num_steps=self._num_steps,
+            num_preemptions=self._roster.num_preemptions,
+            num_prompt_tokens=self._roster.num_prompt_tokens,
+            num_cached_tokens=self._roster.num_cached_tokens,
         )
 
     def live(self) -> tuple[Request, ...]:
@@ -224,7 +227,7 @@ class Scheduler:
     def _begin(self, request: Request, output_index: int, now_s: float) -> Sequence:
         number = next(self._numbers)
         place = rank(now_s, request.priority, number, self._limits.ageing_s)
-        return Sequence.begin(SeqId(number), request, output_index, place, self._rules)
+        return Sequence.begin(SeqId(number), request, output_index, place, self._rules, now_s=now_s)
 
     def _cut_off(self, request_id: RequestId, end: End) -> tuple[Event, ...]:
         """End the outputs of a request that go on, if it does."""

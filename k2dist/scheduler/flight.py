@@ -27,6 +27,7 @@ class Flight:
         grant = Grant(seq_id=seq.id, start=start, num_tokens=num_tokens, samples=samples, scores=scores)
         self.grants.append(grant)
         self.chunks.append((seq, grant))
+        seq.num_chunks += start < seq.prompt_len
         if samples:
             self.sampling.append(seq)
             self.seq_ids.append(seq.id)

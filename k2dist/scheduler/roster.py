@@ -43,6 +43,10 @@ class Roster:
         self._page_tables: list[PageTable] = []
         # Pages that running sequences lack for all they know and one token more.
         self._num_owed = 0
+        # Since the start: see `messages.LaneLoad`.
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -72,6 +76,9 @@ class Roster:
         seq.computed_len = len(hits) * self.pool.page_tokens
         if seq.cached_len is None:
             seq.cached_len = min(seq.computed_len, seq.prompt_len)
+            seq.queued_s = now_s - seq.added_s
+            self.num_prompt_tokens += seq.prompt_len
+            self.num_cached_tokens += seq.cached_len
         self.pool.retain(hits)
         self._num_owed += self.pool.pages_for(seq.known_len + 1)
         self._extend(seq, tuple(hits))
@@ -202,6 +209,8 @@ class Roster:
 
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
         self.waiting.add(seq, seq.started_s)
 
     def _leave(self, seq: Sequence) -> None:

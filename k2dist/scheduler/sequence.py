@@ -18,7 +18,7 @@ from typing import NamedTuple
 from k2dist.cache.prefix import PageKey, next_key, root_key
 from k2dist.errors import RequestError
 from k2dist.ids import PageId, RequestId, SeqId
-from k2dist.messages import Event, FinishReason, NewSequence, Request, TokenLogprob, Usage
+from k2dist.messages import Course, Event, FinishReason, NewSequence, Request, TokenLogprob, Usage
 from k2dist.scheduler.policy import Rank
 from k2dist.text.stream import StopStrings
 
@@ -67,12 +67,23 @@ class Sequence:
     cached_len: int | None = field(
         default=None, init=False
     )  # prompt tokens that its first start found cached
+    added_s: float = 0.0  # when the lane took it
+    queued_s: float = field(default=0.0, init=False)  # from then until it first ran
+    num_chunks: int = field(default=0, init=False)  # grants of prompt positions
+    num_preemptions: int = field(default=0, init=False)
     scored_len: int = field(default=1, init=False)  # prompt tokens whose logprobs went out, and the first one
     _keys: list[PageKey] = field(default_factory=list, init=False)  # of its first full pages, if asked for
 
     @classmethod
     def begin(
-        cls, seq_id: SeqId, request: Request, output_index: int, rank: Rank, rules: EndRules
+        cls,
+        seq_id: SeqId,
+        request: Request,
+        output_index: int,
+        rank: Rank,
+        rules: EndRules,
+        *,
+        now_s: float = 0.0,
     ) -> Sequence:
         """A sequence that knows its prompt and what an earlier lane generated; it may have ended by that."""
         sampling, prompt_len = request.sampling, len(request.prompt)
@@ -89,6 +100,7 @@ class Sequence:
             rules=rules,
             rank=rank,
             prompt_len=prompt_len,
+            added_s=now_s,
         )
         for token_idx, token_id in enumerate(request.generated.get(output_index, ())):
             if seq.end is not None:
@@ -157,6 +169,7 @@ class Sequence:
             first_index=first_index,
             token_ids=(token_id,),
             logprobs=() if logprob is None else (logprob,),
+            course=None if first_index else self.course(),
         )
 
     def event(self, first_index: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Event:
@@ -172,6 +185,7 @@ class Sequence:
             stop_match=self.end.stop_match,
             usage=self.usage(),
             error=self.end.error,
+            course=self.course(),
         )
 
     def score(self, first: int, logprobs: tuple[TokenLogprob, ...]) -> tuple[Event, ...]:
@@ -195,6 +209,14 @@ class Sequence:
             prompt_tokens=self.prompt_len,
             cached_tokens=self.cached_len or 0,
             completion_tokens=len(self.generated),
+        )
+
+    def course(self) -> Course:
+        return Course(
+            queued_s=self.queued_s,
+            cached_tokens=self.cached_len or 0,
+            num_chunks=self.num_chunks,
+            num_preemptions=self.num_preemptions,
         )
 
     def introduction(self) -> NewSequence:

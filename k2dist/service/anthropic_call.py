@@ -36,7 +36,8 @@ class AnthropicCall:
 
     async def open(self) -> Sequence[Events]:
         if self._places is None:
-            return [self._client.generate(self._asked.request)]
+            request, parent = self._asked.request, self.clock.traceparent
+            return [self._client.generate(request, traceparent=parent)]
         position = Position(output_index=0, token_index=self._place.token)
         return [self._client.resume(self._request_id, [position])]
 

@@ -20,9 +20,11 @@ import grpc
 from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist.messages import ChatMessage
+from k2dist.observe import Trace
 from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
 from k2dist.service.error_codes import error_of
+from k2dist.service.observe_server import ObserveClient
 from k2dist.service.wire_events import read_event
 from k2dist.service.wire_requests import write_chat, write_request
 
@@ -48,6 +50,7 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
+        self.observe = ObserveClient(self._channel, self._call)
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
@@ -61,13 +64,13 @@ class AsyncClient:
         await self.close()
 
     def generate(
-        self, request: ClientRequest, *, timeout_s: float | None = None
+        self, request: ClientRequest, *, timeout_s: float | None = None, traceparent: str = ""
     ) -> AsyncGenerator[AnswerEvent]:
         """The answer's events as they come; the request goes out when the first is awaited.
 
-        `timeout_s`: for all of it; None: as long as it takes.
+        `timeout_s`: for all of it; None: as long as it takes. `traceparent`: W3C's, of the span that asks.
         """
-        return self._read(self._inference.Generate, write_request(request), timeout_s)
+        return self._read(self._inference.Generate, write_request(request), timeout_s, traceparent)
 
     def chat(
         self,
@@ -130,8 +133,11 @@ class AsyncClient:
         response: control_pb2.GetTopologyResponse = await self._call(self._control.GetTopology, message)
         return response
 
-    async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
-        call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
+    async def _read(
+        self, method: Any, message: Any, timeout_s: float | None, traceparent: str = ""
+    ) -> AsyncGenerator[AnswerEvent]:
+        metadata = (("traceparent", traceparent),) if traceparent else None
+        call = method(message, timeout=timeout_s, metadata=metadata)  # with the first `anext`, on the loop
         try:
             # Not `async for`, which goes through two generators more.
             while (message := await call.read()) is not _EOF:
@@ -211,6 +217,10 @@ class Client:
 
     def topology(self) -> control_pb2.GetTopologyResponse:
         return self._await(self._client.topology())
+
+    def trace(self, request_id: str) -> Trace:
+        """What has happened to a request; UnknownRequestError: never accepted there, or forgotten."""
+        return self._await(self._client.observe.trace(request_id))
 
     def _drain(self, events: AsyncGenerator[AnswerEvent]) -> Iterator[AnswerEvent]:
         try:

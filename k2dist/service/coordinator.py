@@ -14,7 +14,7 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,12 +22,14 @@ from k2dist.coordinator import Admission, RequestLog, choose
 from k2dist.errors import CapacityError, K2Error, PeerError, RequestError, UnavailableError
 from k2dist.ids import LaneId, RequestId
 from k2dist.messages import AdmitReply, Event, FinishReason, LaneLoad, Message, Request, Usage
+from k2dist.observe import RequestBook
+from k2dist.observe.event_log import EventLog
 from k2dist.service.error_codes import AbortedError, UnknownRequestError, make_error
 from k2dist.service.lane import Lane
 from k2dist.service.submission import Reader, Submission
 
 N = TypeVar("N")
-_log = logging.getLogger(__name__)
+_log = EventLog(logging.getLogger(__name__))
 
 
 class AbortResult(enum.Enum):
@@ -57,11 +59,13 @@ class Coordinator(Generic[N]):
         lanes: Sequence[Lane],
         limits: CoordinatorLimits,
         *,
+        book: RequestBook | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lanes = {LaneId(index): lane for index, lane in enumerate(lanes)}  # those that live
         self._limits = limits
         self._clock = clock
+        self.book = book or RequestBook()
         self._admission = Admission(limits.max_queued)
         self._log = RequestLog(max_bytes=limits.log_bytes, retain_s=limits.retain_s)
         self._submissions: dict[RequestId, Submission[N]] = {}
@@ -97,8 +101,11 @@ class Coordinator(Generic[N]):
 
     # -- what clients ask ------------------------------------------------------------------------------
 
-    def open(self, request: Request, note: N, *, is_detached: bool) -> Reader[N]:
-        """Queue a new request and read it. CapacityError: no room; UnavailableError: none are taken."""
+    def open(self, request: Request, note: N, *, is_detached: bool, traceparent: str = "") -> Reader[N]:
+        """Queue a new request and read it. CapacityError: no room; UnavailableError: none are taken.
+
+        `traceparent`: W3C's, of the span that it came from, or "".
+        """
         if self.is_draining:
             raise UnavailableError(
                 "draining: no new requests are taken; send it to another cluster, or later"
@@ -110,6 +117,7 @@ class Coordinator(Generic[N]):
         self._admission.offer(request, now_s, deadline_s=now_s + self._limits.queue_s)
         submission = Submission(request, note, is_detached=is_detached)
         self._submissions[request.request_id] = submission
+        self.book.arrive(request, now_s, time.time(), traceparent)
         self._is_idle.clear()
         self._has_room.set()
         return Reader(submission, self._log, self._leave)
@@ -154,6 +162,11 @@ class Coordinator(Generic[N]):
     async def loads(self) -> tuple[LaneLoad, ...]:
         """Of the lanes that live, by number."""
         return tuple(await asyncio.gather(*(lane.load() for lane in self._lanes.values())))
+
+    @property
+    def lanes(self) -> Mapping[LaneId, Lane]:
+        """Those that live."""
+        return self._lanes
 
     @property
     def num_queued(self) -> int:
@@ -207,6 +220,7 @@ class Coordinator(Generic[N]):
             lane_id = choose(request.prompt, loads)
             self._num_outputs[lane_id] += request.num_outputs
             submission = self._submissions[request.request_id]
+            self.book.send(request.request_id, lane_id, self._clock())
             admission = self._admit(lane_id, self._lanes[lane_id], submission)
             self._spawn(admission, partial(self._refuse_sent, lane_id, submission))
         return bool(admitted.ready)
@@ -227,6 +241,7 @@ class Coordinator(Generic[N]):
             await self._cancel(lane_id, request.request_id)
             return
         submission.accept(lane_id)
+        self.book.accept(request.request_id, self._clock())
         for event in submission.early:
             self._record(lane_id, event)
         submission.early.clear()
@@ -240,9 +255,7 @@ class Coordinator(Generic[N]):
         try:
             await lane.cancel((request_id,))
         except K2Error as error:  # its pump sees the same and ends the lane's requests
-            _log.warning(
-                "coordinator.cancel_failed lane=%d request_id=%s error=%s", lane_id, request_id, error
-            )
+            _log.warning("coordinator.cancel_failed", lane=lane_id, request_id=request_id, error=str(error))
 
     def _refuse_sent(self, lane_id: LaneId, submission: Submission[N], error: K2Error) -> None:
         self._free(lane_id, submission.request.num_outputs)
@@ -250,6 +263,7 @@ class Coordinator(Generic[N]):
 
     def _refuse(self, submission: Submission[N], error: K2Error) -> None:
         self._submissions.pop(submission.request.request_id, None)
+        self.book.refuse(submission.request.request_id, str(error), self._clock())
         submission.refuse(error)
         self._note_idle()
 
@@ -275,9 +289,11 @@ class Coordinator(Generic[N]):
         if submission.lane is None:
             submission.early.append(event)
             return
-        fresh = self._log.append(event, self._clock())
+        now_s = self._clock()
+        fresh = self._log.append(event, now_s)
         if fresh is None:
             return
+        self.book.note(fresh, now_s)
         if fresh.finish is not None:
             self._free(lane_id, 1)
             if self._log.has_ended(event.request_id):
@@ -286,7 +302,7 @@ class Coordinator(Generic[N]):
 
     def _lose(self, lane_id: LaneId, error: K2Error) -> None:
         """The lane has died: every request that goes on in it ends with `error`."""
-        _log.error("coordinator.lane_lost lane=%d error=%s", lane_id, error)
+        _log.error("coordinator.lane_lost", lane=lane_id, error=str(error))
         del self._lanes[lane_id]
         for request in self._log.to_readmit(lane_id):
             for event in _failures(request, str(error)):
@@ -310,7 +326,9 @@ class Coordinator(Generic[N]):
         """Drop what the log has dropped."""
         self._log.expire(now_s)
         while self._ended and self._ended[0] not in self._log:
-            del self._submissions[self._ended.popleft()]
+            request_id = self._ended.popleft()
+            del self._submissions[request_id]
+            self.book.forget(request_id)
 
     def _spawn(
         self, work: Coroutine[Any, Any, None], on_bug: Callable[[K2Error], None] | None = None
@@ -324,7 +342,7 @@ class Coordinator(Generic[N]):
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        _log.critical("coordinator.task_failed task=%s", task.get_coro(), exc_info=error)
+        _log.bug("coordinator.task_failed", error, task=str(task.get_coro()))
         if on_bug is not None:
             on_bug(K2Error(f"a bug in k2dist: {type(error).__name__}: {error}"))
 

@@ -6,7 +6,10 @@ A plain class with async methods, so that tests run it as it is and `cluster` ma
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from k2dist.config import read_architecture
@@ -15,17 +18,23 @@ from k2dist.config.generation_config import read_sampling_defaults
 from k2dist.errors import CheckpointError, ConfigError, UnavailableError
 from k2dist.grammar import Grammars
 from k2dist.messages import LaneLoad, Message
+from k2dist.observe import Journey, RequestBook
+from k2dist.observe.event_log import EventLog, set_up_logs
 from k2dist.service.coordinator import Coordinator, CoordinatorLimits
 from k2dist.service.encoding import Encoder
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_server import GrpcServer
+from k2dist.service.health_keeper import HealthKeeper
 from k2dist.service.lane import Lane
 from k2dist.service.planning import Planning
 from k2dist.service.served_model import ServedModel
+from k2dist.service.spans import Spans, open_spans
+from k2dist.service.state import StateWatch, WorldWatch
 from k2dist.service.template_process import TemplateProcess
 from k2dist.text.own_template import TEMPLATE_FILE
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
 
+_log = EventLog(logging.getLogger(__name__))
 LOG_BYTES = 2**30  # of the request log, at most; it counts each request with all tokens that it may still get
 
 
@@ -42,7 +51,7 @@ class CoordinatorStats(Message, frozen=True, kw_only=True):
 class CoordinatorActor:
     """`lanes[i]` is lane i. `start` before all else, on the event loop that then belongs to it.
 
-    model_name: what clients call the model; the directory's name if not given.
+    model_name: what clients call the model; the directory's name if not given. world: the supervisor.
     """
 
     def __init__(
@@ -51,32 +60,54 @@ class CoordinatorActor:
         model_dir: str | Path,
         lanes: Sequence[Lane],
         model_name: str | None = None,
+        *,
+        world: WorldWatch | None = None,
     ) -> None:
         self._config = config
         self._model_dir = Path(model_dir)
         self._model_name = model_name or self._model_dir.resolve().name
         self._lanes = tuple(lanes)
+        self._world = world
         self._parts: _Parts | None = None
+
+    async def enter_process(self) -> None:
+        """It is a process of its own: let it log as the config says."""
+        set_up_logs(self._config.observe.log_level, self._config.observe.log_format, process="coordinator")
 
     async def start(self) -> str:
         """Serve, and return the address. CapacityError: the port is taken. CheckpointError: no such model."""
         tokenizer = Tokenizer.load(self._model_dir)
-        coordinator: Coordinator[AnswerStyle] = Coordinator(self._lanes, _limits(self._config))
+        observe = self._config.observe
+        spans = open_spans("coordinator", self._config.name, observe.otlp_endpoint, observe.trace_share)
+        coordinator: Coordinator[AnswerStyle] = Coordinator(
+            self._lanes, _limits(self._config), book=RequestBook(partial(_tell_end, spans))
+        )
         model = self._read_model(tokenizer)
         encoder = self._make_encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
         generation = Generation(model, tokenizer, encoder, coordinator)
         planning = Planning(self._config, self._model_name, read_architecture(self._model_dir))
-        server = GrpcServer(self._config.name, generation, coordinator, planning)
+        watch = StateWatch(
+            self._config.name,
+            model.name,
+            coordinator,
+            self._world,
+            stall_s=stall_s(self._config),
+            step_pair=planning.step_pair,
+        )
+        server = GrpcServer(self._config.name, generation, coordinator, planning, watch)
         host, port = _split(self._config.service.grpc)
         try:
             port = await server.start(host, port)
         except BaseException:
             encoder.close()
+            spans.close()
             raise
         coordinator.start()
         await server.set_serving(True)
+        keeper = HealthKeeper(watch, lambda: coordinator.num_outputs > 0, server.set_serving)
+        keeper.start()
         shown = f"[{host}]" if ":" in host else host
-        self._parts = _Parts(f"{shown}:{port}", coordinator, encoder, server)
+        self._parts = _Parts(f"{shown}:{port}", coordinator, encoder, server, keeper, spans)
         return self._parts.address
 
     async def address(self) -> str:
@@ -85,6 +116,7 @@ class CoordinatorActor:
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Take no new requests and wait for the accepted; false if some go on after `deadlines.drain_s`."""
         parts = self._started()
+        await parts.keeper.stop()
         await parts.server.set_serving(False)
         return await parts.coordinator.drain(timeout_s or self._config.deadlines.drain_s)
 
@@ -93,9 +125,11 @@ class CoordinatorActor:
         if self._parts is None:
             return
         parts, self._parts = self._parts, None
+        await parts.keeper.stop()
         await parts.server.stop(grace_s=0.0)
         await parts.coordinator.stop()
         parts.encoder.close()
+        await asyncio.to_thread(parts.spans.close)
 
     async def stats(self) -> CoordinatorStats:
         parts = self._started()
@@ -140,12 +174,20 @@ class _Parts:
     """What runs between `start` and `stop`."""
 
     def __init__(
-        self, address: str, coordinator: Coordinator[AnswerStyle], encoder: Encoder, server: GrpcServer
+        self,
+        address: str,
+        coordinator: Coordinator[AnswerStyle],
+        encoder: Encoder,
+        server: GrpcServer,
+        keeper: HealthKeeper,
+        spans: Spans,
     ) -> None:
         self.address = address
         self.coordinator = coordinator
         self.encoder = encoder
         self.server = server
+        self.keeper = keeper
+        self.spans = spans
 
 
 def _limits(config: ClusterConfig) -> CoordinatorLimits:
@@ -156,6 +198,26 @@ def _limits(config: ClusterConfig) -> CoordinatorLimits:
         log_bytes=LOG_BYTES,
         retain_s=config.service.retain_s,
     )
+
+
+def _tell_end(spans: Spans, journey: Journey) -> None:
+    spans.tell(journey)
+    _log.info(
+        "request.ended",
+        request_id=journey.request_id,
+        tenant=journey.tenant,
+        lane=journey.lane,
+        prompt_tokens=journey.num_prompt_tokens,
+        tokens=sum(way.num_tokens for way in journey.outputs),
+        finish=[way.finish for way in journey.outputs],
+        error=journey.error,
+        total_s=round((journey.ended_s or journey.arrived_s) - journey.arrived_s, 3),
+    )
+
+
+def stall_s(config: ClusterConfig) -> float:
+    """Half of what a collective may take: health names who is late before the step is given up."""
+    return config.deadlines.step_s / 2
 
 
 def _split(address: str) -> tuple[str, int]:

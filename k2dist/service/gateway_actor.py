@@ -7,11 +7,14 @@ event loop that the lanes' events go through, and if it dies nothing is lost, as
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import UnavailableError
+from k2dist.observe.event_log import set_up_logs
 from k2dist.service.client import AsyncClient
+from k2dist.service.spans import open_spans
 
 if TYPE_CHECKING:
     from k2dist.service.http_server import HttpServer
@@ -27,7 +30,13 @@ class GatewayActor:
         self._app, self._http = http_app, http_server
         self._config = config
         self._client: AsyncClient | None = None
+        observe = config.observe
+        self._spans = open_spans("gateway", config.name, observe.otlp_endpoint, observe.trace_share)
         self._server: HttpServer | None = None
+
+    async def enter_process(self) -> None:
+        """It is a process of its own: let it log as the config says."""
+        set_up_logs(self._config.observe.log_level, self._config.observe.log_format, process="gateway")
 
     async def start(self, coordinator: str, http: str) -> str:
         """Serve the coordinator on `http`, and return where. CapacityError: the port is taken."""
@@ -35,7 +44,7 @@ class GatewayActor:
         self._client = AsyncClient(coordinator)
         (model,) = await self._client.models()
         gateway = self._app.Gateway(
-            self._client, model.name, max_running=max_running(self._config), stall_s=stall_s(self._config)
+            self._client, model.name, max_running=max_running(self._config), spans=self._spans
         )
         await self._server.start(self._app.make_app(gateway))
         return self._server.address
@@ -53,13 +62,9 @@ class GatewayActor:
         if self._client is not None:
             await self._client.close()
             self._client = None
+        await asyncio.to_thread(self._spans.close)
 
 
 def max_running(config: ClusterConfig) -> int:
     """As many requests as the coordinator queues and the lanes run; more could only wait."""
     return config.service.max_queued + config.parallel.lanes * config.scheduler.max_running
-
-
-def stall_s(config: ClusterConfig) -> float:
-    """A step that takes longer than its deadline has failed; twice that is no step at all."""
-    return 2 * config.deadlines.step_s

@@ -62,10 +62,13 @@ class Generation:
         self._encoder = encoder
         self._coordinator = coordinator
 
-    async def generate(self, asked: ClientRequest) -> AsyncGenerator[AnswerEvent]:
-        """The answer as it comes. Closing the generator leaves the request, which ends it unless detached."""
+    async def generate(self, asked: ClientRequest, *, traceparent: str = "") -> AsyncGenerator[AnswerEvent]:
+        """The answer as it comes. Closing the generator leaves the request, which ends it unless detached.
+
+        `traceparent`: W3C's, of the span that asks, or "".
+        """
         self._check(asked)
-        reader = await self._open(asked)
+        reader = await self._open(asked, traceparent)
         try:
             async for event in self._read(reader):
                 yield event
@@ -97,7 +100,7 @@ class Generation:
                 "model", f"{name!r} is not served here; use {self.model.name!r} or leave it empty"
             )
 
-    async def _open(self, asked: ClientRequest) -> Reader[AnswerStyle]:
+    async def _open(self, asked: ClientRequest, traceparent: str) -> Reader[AnswerStyle]:
         """A reader of the request: a known one with the same content, or a new one."""
         known = self._coordinator.find(RequestId(asked.request_id)) if asked.request_id is not None else None
         if known is None:
@@ -110,7 +113,7 @@ class Generation:
             first_call = asked.prompt.num_calls if isinstance(asked.prompt, Chat) else 0
             style = AnswerStyle(asked=asked, first_call=first_call)
             self._answer(request, style)  # raises for tools that it cannot read, while there is time
-            return self._coordinator.open(request, style, is_detached=asked.detached)
+            return self._coordinator.open(request, style, is_detached=asked.detached, traceparent=traceparent)
         if known.asked != asked:
             raise RequestIdInUseError(
                 "request_id",

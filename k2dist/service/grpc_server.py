@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc, observe_pb2_grpc
 from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist.errors import CapacityError, K2Error, RequestError
 from k2dist.messages import LaneLoad
@@ -26,8 +26,10 @@ from k2dist.service.coordinator import AbortResult, Coordinator
 from k2dist.service.error_codes import DETAILS_KEY, row_of, status_details
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_bytes import RefuseBadBytes
+from k2dist.service.observe_server import OBSERVE, ObserveServicer
 from k2dist.service.planning import Planning
 from k2dist.service.reflection_v1 import add_reflection_v1
+from k2dist.service.state import StateWatch
 from k2dist.service.wire_events import write_event
 from k2dist.service.wire_requests import read_chat, read_positions, read_request
 
@@ -66,13 +68,16 @@ class GrpcServer:
         generation: Generation,
         coordinator: Coordinator[AnswerStyle],
         planning: Planning,
+        watch: StateWatch,
     ) -> None:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=(RefuseBadBytes(),))
         self._health = HealthServicer()
-        names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (INFERENCE, CONTROL, OBSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(generation), self._server)
         control = ControlServicer(cluster, generation.model.name, coordinator, planning)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        observe = ObserveServicer(watch, coordinator.book, _statuses)
+        observe_pb2_grpc.add_ObserveServicer_to_server(observe, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
         add_reflection_v1(names, self._server)
@@ -93,7 +98,7 @@ class GrpcServer:
     async def set_serving(self, is_serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if is_serving else statuses.NOT_SERVING
-        for service in ("", INFERENCE, CONTROL):
+        for service in ("", INFERENCE, CONTROL, OBSERVE):
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
@@ -110,7 +115,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         async with _statuses(context):
-            await self._write(self._generation.generate(read_request(request)), context)
+            asked, parent = read_request(request), _traceparent(context)
+            await self._write(self._generation.generate(asked, traceparent=parent), context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
         async with _statuses(context):
@@ -190,12 +196,17 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 lanes=map(_write_load, loads),
                 queued_requests=self._coordinator.num_queued,
                 live_outputs=self._coordinator.num_outputs,
-                step=self._planning.step_pair(loads),
             )
 
     async def Plan(self, request: control_pb2.PlanRequest, context: Context) -> control_pb2.PlanResponse:
         async with _statuses(context):
             return await self._planning.plan(request)
+
+
+def _traceparent(context: Context) -> str:
+    """W3C's, of the span that calls; "" if there is none."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get("traceparent", ""))
 
 
 @asynccontextmanager

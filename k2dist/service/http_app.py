@@ -2,7 +2,8 @@
 
     /v1/chat/completions  /v1/completions  /v1/models       OpenAI's
     /v1/messages  /v1/messages/count_tokens                 Anthropic's
-    /live  /ready  /health  /metrics                        for whoever runs it
+    /live  /ready  /health  /metrics  /v1/cluster           for whoever runs it (`http_operator`)
+    /                                                       a page for people (`page`)
 
 A gateway holds nothing that outlives a request: any of several can answer, and go on where another broke off.
 """
@@ -12,17 +13,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from k2dist._proto.v1 import control_pb2
-from k2dist.errors import CapacityError, K2Error, RequestError, UnavailableError
+from k2dist.errors import CapacityError, K2Error, RequestError
 from k2dist.service.anthropic_call import AnthropicCall, count_tokens
 from k2dist.service.anthropic_requests import read_count_body, read_messages_body
 from k2dist.service.client import AsyncClient
@@ -38,15 +36,16 @@ from k2dist.service.http_errors import (
 )
 from k2dist.service.http_exchange import Exchange
 from k2dist.service.http_metrics import AnswerClock, HttpMetrics
+from k2dist.service.http_operator import add_operator_paths
 from k2dist.service.openai_call import OpenAICall
 from k2dist.service.openai_requests import OpenAIAsked, read_chat_body, read_completion_body
-from k2dist.service.progress import LaneWork, Progress
+from k2dist.service.page import add_page
 from k2dist.service.request_ids import check_same, new_id
+from k2dist.service.spans import Spans, read_traceparent
 from k2dist.service.sse import Place, read_id
 
 MAX_BODY_BYTES = 16 * 2**20  # what a gRPC message may have
 _BODY_S = 60.0  # for a body to arrive
-_LOOK_S = 5.0  # for the coordinator to say how its lanes are
 _INLINE_BYTES = 256 * 1024  # larger bodies are parsed in a thread: 5 ms of the event loop at most
 
 T = TypeVar("T")
@@ -55,26 +54,20 @@ T = TypeVar("T")
 class Gateway:
     """What the handlers share. `max_running`: requests that generate at a time; more are refused."""
 
-    def __init__(self, client: AsyncClient, model: str, *, max_running: int, stall_s: float) -> None:
+    def __init__(self, client: AsyncClient, model: str, *, max_running: int, spans: Spans) -> None:
         self.client = client
         self.model = model
         self.max_running = max_running
         self.metrics = HttpMetrics(model)
-        self.progress = Progress(stall_s)
+        self.spans = spans
         self.began = int(time.time())
 
-    async def topology(self) -> control_pb2.GetTopologyResponse:
-        """How the lanes are. UnavailableError: the coordinator does not say so in time."""
-        try:
-            return await asyncio.wait_for(self.client.topology(), _LOOK_S)
-        except TimeoutError as error:
-            raise UnavailableError(f"the coordinator did not answer within {_LOOK_S:g} s") from error
-
-    def begin(self, api: str) -> AnswerClock:
+    def begin(self, api: str, request: Request) -> AnswerClock:
         """Count a request in. CapacityError: there are as many as there may be."""
         if self.metrics.num_running >= self.max_running:
             raise CapacityError(f"{self.max_running} requests are under way in this gateway; try again later")
-        return self.metrics.begin(api)
+        parent = read_traceparent(request.headers.get("traceparent", ""))
+        return self.metrics.begin(api, self.spans.begin(f"POST {request.url.path}", parent))
 
 
 def make_app(gateway: Gateway) -> FastAPI:
@@ -82,7 +75,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     _add_errors(app)
     _add_openai(app, gateway)
     _add_anthropic(app, gateway)
-    _add_health(app, gateway)
+    add_operator_paths(app, gateway)
+    add_page(app)
     return app
 
 
@@ -93,7 +87,7 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
         posted = await _receive(request, prefix)
         asked = await _translated(posted, read)
         posted.check_resumable(is_streamed=asked.is_streamed)
-        clock = gateway.begin("openai")
+        clock = gateway.begin("openai", request)
         return Exchange(OpenAICall(gateway.client, asked, posted.request_id, clock, posted.places))
 
     @app.post("/v1/chat/completions")
@@ -133,7 +127,7 @@ def _add_anthropic(app: FastAPI, gateway: Gateway) -> None:
         posted = await _receive(request, "msg_")
         asked = await _translated(posted, read_messages_body)
         posted.check_resumable(is_streamed=asked.is_streamed)
-        clock = gateway.begin("anthropic")
+        clock = gateway.begin("anthropic", request)
         return Exchange(AnthropicCall(gateway.client, asked, posted.request_id, clock, posted.places))
 
     @app.post("/v1/messages/count_tokens")
@@ -141,58 +135,6 @@ def _add_anthropic(app: FastAPI, gateway: Gateway) -> None:
         posted = await _receive(request, "msg_")
         chat = await _translated(posted, lambda fields, _: read_count_body(fields))
         return JSONResponse({"input_tokens": await count_tokens(gateway.client, chat)})
-
-
-def _add_health(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/live")
-    async def live() -> Response:
-        """This process answers."""
-        return JSONResponse({"status": "live"})
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """New requests are taken: lanes are there, and nothing drains."""
-        try:
-            topology = await gateway.topology()
-        except K2Error as error:
-            return _unwell(str(error))
-        if topology.state != control_pb2.SERVICE_STATE_SERVING:
-            return _unwell("draining")
-        if not topology.lanes:
-            return _unwell("no lane is left")
-        return JSONResponse({"status": "ready", "lanes": len(topology.lanes)})
-
-    @app.get("/health")
-    async def health() -> Response:
-        """Steps advance where there is work. Draining is no illness."""
-        try:
-            topology = await gateway.topology()
-        except K2Error as error:
-            return _unwell(str(error))
-        if not topology.lanes:
-            return _unwell("no lane is left")
-        lanes = [
-            LaneWork(lane.lane, lane.num_steps, lane.num_running + lane.num_waiting > 0)
-            for lane in topology.lanes
-        ]
-        stalls = gateway.progress.look(lanes, time.monotonic())
-        if stalls:
-            found = (f"lane {lane} has work and made no step for {since_s:.0f} s" for lane, since_s in stalls)
-            return _unwell("; ".join(found))
-        return JSONResponse(
-            {"status": "healthy", "steps": {str(lane.lane): lane.num_steps for lane in lanes}}
-        )
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        topology = None
-        with suppress(K2Error):  # what the gateway itself has seen is still true
-            topology = await gateway.topology()
-        return PlainTextResponse(gateway.metrics.show(topology), media_type=CONTENT_TYPE_LATEST)
-
-
-def _unwell(reason: str) -> Response:
-    return JSONResponse({"status": "unwell", "reason": reason}, status_code=503)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -122,7 +122,7 @@ class Exchange(Response):
         entry = first
         while True:
             if entry is not None:
-                self._call.clock.note(_checked(entry[1]), entry[0])
+                _check(entry[1])
                 writer.push(*entry)
             try:
                 entry = await anext(events)
@@ -140,7 +140,7 @@ class Exchange(Response):
         async def show(entry: tuple[int, AnswerEvent] | None) -> None:
             body = HEARTBEAT
             if entry is not None:
-                self._call.clock.note(_checked(entry[1]), entry[0])
+                _check(entry[1])
                 body = b"".join(shown for step in writer.push(*entry) for shown in numbering.push(step))
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -181,13 +181,12 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _checked(event: AnswerEvent) -> AnswerEvent:
-    """The event, unless it says that there will be no whole answer."""
+def _check(event: AnswerEvent) -> None:
+    """Raise what an event means that says that there will be no whole answer."""
     if isinstance(event, Failed):
         raise UnavailableError(f"the answer broke off: {event.message}")
     if isinstance(event, Finished) and event.reason is AnswerEnd.ABORTED:
         raise AbortedError("the request was aborted")
-    return event
 
 
 @asynccontextmanager

@@ -40,7 +40,9 @@ class OpenAICall:
         if self._asked.echoes:
             self._echoes = [await self._echo(request) for request in requests]
         if self._places is None:
-            return [self._client.generate(request) for request in requests]
+            return [
+                self._client.generate(request, traceparent=self.clock.traceparent) for request in requests
+            ]
         return [
             self._client.resume(request.request_id or "", self._positions(index))
             for index, request in enumerate(requests)

@@ -15,6 +15,7 @@ from k2dist.config.cluster import ClusterConfig
 from k2dist.config.load import parse_cluster
 from k2dist.errors import RequestError
 from k2dist.messages import LaneLoad
+from k2dist.observe import StepPair
 from k2dist.parallel import configured_layout
 from k2dist.planner import ClusterPlan, StepModel, Workload, fitting_workload, plan_cluster
 from k2dist.planner.beside import Beside
@@ -43,17 +44,9 @@ class Planning:
         planned = await asyncio.to_thread(self._plan, request)
         return control_pb2.PlanResponse(json=msgspec.json.encode(planned))
 
-    def step_pair(self, loads: Sequence[LaneLoad]) -> control_pb2.StepPair | None:
+    def step_pair(self, loads: Sequence[LaneLoad]) -> StepPair | None:
         """Of the steps since the last call."""
-        pair = self._beside.note(loads, self._clock())
-        if pair is None:
-            return None
-        return control_pb2.StepPair(
-            estimated_step_s=pair.estimated_step_s,
-            measured_step_s=pair.measured_step_s,
-            estimated_tokens_per_s=pair.estimated_tokens_per_s,
-            measured_tokens_per_s=pair.measured_tokens_per_s,
-        )
+        return self._beside.note(loads, self._clock())
 
     def _plan(self, request: control_pb2.PlanRequest) -> ClusterPlan:
         config = parse_cluster(request.config, "config") if request.config else self._config

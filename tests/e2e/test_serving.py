@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from k2dist.cluster.ray_host import HostProcess
@@ -17,13 +19,14 @@ from k2dist.engine import LocalWorld
 from k2dist.messages import Sampling
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
-from k2dist.service.answer_events import AnswerEnd, Delta, Finished
+from k2dist.service.answer_events import Accepted, AnswerEnd, Delta, Finished
 from k2dist.service.client import AsyncClient
 from k2dist.service.client_request import ClientRequest, PartialSampling
 from tests.e2e.command import Command, actors_of, await_that, write_config
 
 PROMPTS = [(5, 17, 99), tuple(range(3, 70)), (200, 1), tuple(range(40, 0, -3))]
 NUM_TOKENS = 12
+STEP_S = 20.0  # health turns red at half of it
 GREEDY = PartialSampling(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -35,7 +38,13 @@ def config_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path) -> Iterator[dict[str, Any]]:
     """Two lanes x tp 2; what `serve --json` says of it."""
-    sections = {"parallel": "{lanes: 2, tp: 2}", "ranks": "{rank_cpus: 0.25}", "network": "{address: node}"}
+    sections = {
+        "parallel": "{lanes: 2, tp: 2}",
+        "ranks": "{rank_cpus: 0.25}",
+        "network": "{address: node}",
+        "service": "{grpc: '127.0.0.1:0', http: '127.0.0.1:0', retain_s: 60}",
+        "deadlines": f"{{start_s: 90, call_s: 30, drain_s: 5, stop_s: 5, step_s: {STEP_S}}}",
+    }
     config = write_config(config_dir, "two-by-two", **sections)
     arguments = ("serve", config, "--model", tiny_model_dir, "--json")
     with Command(*arguments, ray_address=ray_host.address) as command:
@@ -109,6 +118,43 @@ def test_a_client_that_leaves_frees_its_pages(served: dict[str, Any]) -> None:
                 await asyncio.sleep(0.02)
 
     asyncio.run(leave_early())
+
+
+def test_a_rank_that_stands_still_is_named_and_may_go_on(served: dict[str, Any]) -> None:
+    """SIGSTOP: it answers nothing. Health is red at half of the step's deadline; then it heals."""
+    stopped = served["ranks"][3]
+
+    async def stop_one() -> None:
+        async with AsyncClient(served["address"]) as client, httpx.AsyncClient(timeout=15) as http:
+            url = f"http://{served['http']}"
+            assert (await http.get(f"{url}/health")).status_code == 200
+            endless = PartialSampling(temperature=0.0, max_tokens=200, ignore_eos=True)
+            events = client.generate(ClientRequest(request_id="stood", prompt=(1, 2, 3), sampling=endless))
+            assert [type(await anext(events)) for _ in range(2)] == [Accepted, Delta]
+            process = psutil.Process(stopped["pid"])
+            process.suspend()
+            began_s = time.monotonic()
+            try:
+                while (health := await http.get(f"{url}/health")).status_code == 200:
+                    assert time.monotonic() - began_s < STEP_S / 2 + 4, "health is green beside a hung rank"
+                    await asyncio.sleep(0.1)
+                assert health.json()["late_ranks"] == [3]
+                assert "rank 3 is late: ranks 0, 1, 2 waited " in health.json()["reason"]
+                metrics = (await http.get(f"{url}/metrics")).text.splitlines()
+                late = [line for line in metrics if line.startswith("k2dist_rank_late{")]
+                assert [line[-14:] for line in late if line.endswith("1.0")] == [',rank="3"} 1.0']
+            finally:
+                process.resume()
+            rest = [event async for event in events]
+            assert isinstance(rest[-1], Finished), "the step was late, and not given up"
+            assert (await http.get(f"{url}/health")).status_code == 200
+            trace = await client.observe.trace("stood")
+            assert (trace.outputs[0].num_tokens, trace.outputs[0].finish) == (200, "length")
+            cluster = (await http.get(f"{url}/v1/cluster")).json()
+            assert [rank["state"] for rank in cluster["ranks"]] == ["joined"] * 4
+            assert all(sum(rank["expert_rows"]) > 0 and rank["wait_s"] > 0 for rank in cluster["ranks"])
+
+    asyncio.run(stop_one())
 
 
 def test_a_second_cluster_of_the_name_is_refused(

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from k2dist.service import gateway_actor
+from k2dist.service import coordinator_actor
 from k2dist.text.tokenizer import Tokenizer
 from tests.service.fake_lane import FakeLane
 from tests.service.http_clients import HELLO, post_stream
@@ -63,7 +63,7 @@ async def test_without_lanes_or_coordinator_it_lives_and_serves_nothing(
 async def test_health_is_red_while_work_makes_no_step(
     serve_http: ServeHttp, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway_actor, "stall_s", lambda config: 0.05)
+    monkeypatch.setattr(coordinator_actor, "stall_s", lambda config: 0.05)
     lane = FakeLane(tokenizer, step_s=0.001)
     async with serve_http(lane) as server:
         assert (await server.http.get("/health")).status_code == 200
@@ -104,5 +104,5 @@ async def test_metrics_count_what_was_done(serve_http: ServeHttp, tokenizer: Tok
     assert found["k2dist_http_requests_total", "openai", "error"] == 1
     assert found["k2dist_num_requests_running", "0"] == 0
     assert found["k2dist_kv_cache_usage_perc", "0"] == 0
-    assert found["k2dist_lane_steps", "0"] > 27
+    assert found["k2dist_lane_steps_total", "0"] > 27
     assert found["k2dist_num_requests_queued",] == 0

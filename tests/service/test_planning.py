@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 
 from k2dist._proto.v1 import control_pb2
 from k2dist.config import read_architecture
@@ -13,12 +12,13 @@ from k2dist.demo import MODEL_DIR
 from k2dist.errors import LayoutError, RequestError
 from k2dist.ids import LaneId
 from k2dist.messages import LaneLoad
+from k2dist.observe import ClusterState, RequestBook, StepPair
 from k2dist.parallel import configured_layout
 from k2dist.planner import ClusterPlan, StepModel, Workload, fitting_workload, plan_cluster
 from k2dist.planner.beside import Beside
 from k2dist.planner.site import configured_site
 from k2dist.planner.work import LaneWork
-from k2dist.service.step_gauges import StepGauges
+from k2dist.service.http_metrics import HttpMetrics
 from k2dist.text.tokenizer import Tokenizer
 from tests.service.conftest import ARCHITECTURE, Serve
 from tests.service.fake_lane import FakeLane
@@ -81,15 +81,25 @@ def test_measured_is_the_mean_step_between_two_looks_that_found_work() -> None:
 
 
 def test_gauges_come_in_pairs_and_go_when_nothing_runs() -> None:
-    registry = CollectorRegistry()
-    gauges = StepGauges(registry, "demo")
-    step = control_pb2.StepPair(
+    step = StepPair(
         estimated_step_s=0.01, measured_step_s=0.02, estimated_tokens_per_s=200.0, measured_tokens_per_s=100.0
     )
-    gauges.show(control_pb2.GetTopologyResponse(step=step))
-    text = generate_latest(registry).decode()
+    text = shown(step)
     assert 'k2dist_decode_step_seconds{model_name="demo",source="estimate"} 0.01' in text
     assert 'k2dist_decode_step_seconds{model_name="demo",source="measured"} 0.02' in text
     assert 'k2dist_decode_tokens_per_second{model_name="demo",source="measured"} 100.0' in text
-    gauges.show(control_pb2.GetTopologyResponse())
-    assert "source=" not in generate_latest(registry).decode()
+    assert "source=" not in shown(None)
+
+
+def shown(step: StepPair | None) -> str:
+    state = ClusterState(
+        cluster="a",
+        model="demo",
+        is_draining=False,
+        num_queued=0,
+        num_outputs=0,
+        lanes=(),
+        requests=RequestBook().facts(),
+        step=step,
+    )
+    return HttpMetrics("demo").show(state).decode()

@@ -63,7 +63,6 @@ class GetTopologyResponse(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     LIVE_OUTPUTS_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """the config's name"""
     model: _builtins.str
@@ -76,10 +75,6 @@ class GetTopologyResponse(_message.Message):
     def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneState]:
         """by lane number"""
 
-    @_builtins.property
-    def step(self) -> Global___StepPair:
-        """of the steps since somebody last asked; absent while nothing runs"""
-
     def __init__(
         self,
         *,
@@ -89,15 +84,12 @@ class GetTopologyResponse(_message.Message):
         lanes: _abc.Iterable[Global___LaneState] | None = ...,
         queued_requests: _builtins.int = ...,
         live_outputs: _builtins.int = ...,
-        step: Global___StepPair | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "cluster", b"cluster", "lanes", b"lanes", "live_outputs", b"live_outputs", "model", b"model", "queued_requests", b"queued_requests", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "lanes", b"lanes", "live_outputs", b"live_outputs", "model", b"model", "queued_requests", b"queued_requests", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
-    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTopologyResponse: _TypeAlias = GetTopologyResponse  # noqa: Y015
 
@@ -135,36 +127,6 @@ class LaneState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LaneState: _TypeAlias = LaneState  # noqa: Y015
-
-@_typing.final
-class StepPair(_message.Message):
-    """A step of what runs now, as it is estimated and as it was measured. The two drift apart where something is slow."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ESTIMATED_STEP_S_FIELD_NUMBER: _builtins.int
-    MEASURED_STEP_S_FIELD_NUMBER: _builtins.int
-    ESTIMATED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
-    MEASURED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
-    estimated_step_s: _builtins.float
-    measured_step_s: _builtins.float
-    estimated_tokens_per_s: _builtins.float
-    measured_tokens_per_s: _builtins.float
-    def __init__(
-        self,
-        *,
-        estimated_step_s: _builtins.float = ...,
-        measured_step_s: _builtins.float = ...,
-        estimated_tokens_per_s: _builtins.float = ...,
-        measured_tokens_per_s: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_step_s", b"estimated_step_s", "estimated_tokens_per_s", b"estimated_tokens_per_s", "measured_step_s", b"measured_step_s", "measured_tokens_per_s", b"measured_tokens_per_s"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StepPair: _TypeAlias = StepPair  # noqa: Y015
 
 @_typing.final
 class PlanRequest(_message.Message):

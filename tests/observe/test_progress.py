@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k2dist.service.progress import LaneWork, Progress, Stall
+from k2dist.observe.progress import LaneWork, Progress, Stall
 
 
 def test_a_lane_that_stands_still_with_work_is_stalled() -> None:

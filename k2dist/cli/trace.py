@@ -1,0 +1,77 @@
+"""`k2dist inspect trace`: what happened to one request, as its coordinator and its lane remember it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+import typer
+
+from k2dist.cli.chat import DEFAULT_ADDRESS
+from k2dist.observe import OutputTrace, Trace
+from k2dist.service.client import Client
+
+
+def trace(
+    request: Annotated[str, typer.Argument(help="The request's id, as its answer gives it.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")] = DEFAULT_ADDRESS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What happened to one request: while it runs, and for service.retain_s after its end."""
+    with Client(address) as client:
+        found = client.trace(request)
+    typer.echo(msgspec.json.encode(found).decode() if as_json else "\n".join(lines_of(found)))
+
+
+def lines_of(trace: Trace) -> Iterator[str]:
+    """Its way, a line for each thing that happened, with the seconds since its arrival."""
+    arrived = datetime.fromtimestamp(trace.arrived_at, UTC)
+    tenant = f", tenant {trace.tenant!r}" if trace.tenant else ""
+    priority = f", priority {trace.priority}" if trace.priority else ""
+    yield (
+        f"{trace.request_id}: {_count(trace.num_prompt_tokens, 'prompt token')}, "
+        f"{_count(len(trace.outputs), 'output')}{tenant}{priority}"
+    )
+    happened = [(0.0, f"arrived at {arrived:%Y-%m-%d %H:%M:%S}.{arrived.microsecond // 1000:03d} UTC")]
+    if trace.sent_s is not None:
+        happened.append((trace.sent_s, f"sent to lane {trace.lane}"))
+    if trace.accepted_s is not None:
+        happened.append((trace.accepted_s, f"accepted by lane {trace.lane}"))
+    if trace.error:
+        happened.append((trace.ended_s or 0.0, f"refused: {trace.error}"))
+    for index, output in enumerate(trace.outputs):
+        name = f"output {index}: " if len(trace.outputs) > 1 else ""
+        happened += [(time_s, name + what) for time_s, what in _output(output, trace.accepted_s)]
+    yield from (f"{time_s:10.3f} s  {what}" for time_s, what in sorted(happened, key=lambda one: one[0]))
+    if trace.ended_s is None:
+        yield "            it goes on"
+
+
+def _output(output: OutputTrace, accepted_s: float | None) -> Iterator[tuple[float, str]]:
+    course = output.course
+    if course is not None and accepted_s is not None and (course.num_chunks or output.num_tokens):
+        # By the lane's own clock, from its admission, which the coordinator heard of a moment later.
+        found = f", {course.cached_tokens} prompt tokens found in the cache" if course.cached_tokens else ""
+        yield accepted_s + course.queued_s, f"began to run{found}"
+    if output.first_token_s is not None:
+        chunks = "" if course is None else f", after {_count(course.num_chunks, 'chunk')} of the prompt"
+        yield output.first_token_s, f"first token{chunks}"
+    if output.last_token_s is not None and output.ended_s is None:
+        yield output.last_token_s, f"newest token, {_count(output.num_tokens, 'token')} so far"
+    if output.ended_s is not None:
+        preempted = (
+            f", preempted {_count(course.num_preemptions, 'time')}"
+            if course is not None and course.num_preemptions
+            else ""
+        )
+        error = f": {output.error}" if output.error else ""
+        yield (
+            output.ended_s,
+            f"ended ({output.finish}) with {_count(output.num_tokens, 'token')}{preempted}{error}",
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
