@@ -116,7 +116,8 @@ class DeadlinesConfig(Message, frozen=True, kw_only=True):
     # Machines that have not joined the Ray yet; 0: refuse at once what Ray has no room for. More where pods
     # or machines come up by themselves.
     nodes_s: Annotated[float, Meta(ge=0)] = 0.0
-    step_s: Seconds = 60.0  # one collective of a step: what a rank waits for its peers
+    # One collective of a step: what a rank waits for its peers. At half of it /health is red, and names who.
+    step_s: Seconds = 60.0
     start_s: Seconds = 120.0  # the placement group, and then each process
     load_s: Seconds = 3600.0  # one rank's shard: its bytes, at the speed of the storage
     join_s: Seconds = 60.0  # all ranks meeting in a generation

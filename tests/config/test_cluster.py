@@ -116,8 +116,8 @@ def test_a_file_that_is_not_there_is_an_error_of_the_caller(tmp_path: Path) -> N
 
 
 def test_every_quantity_says_its_unit() -> None:
-    """Numbers are counts (plural or a total), or end in their unit; a factor has none."""
-    units = ("_s", "_bytes", "_tokens", "_cpus", "_gpus", "_ranks", "_factor")
+    """Numbers are counts (plural or a total), or end in their unit; a factor and a share have none."""
+    units = ("_s", "_bytes", "_tokens", "_cpus", "_gpus", "_ranks", "_factor", "_share")
     counts = {"lanes", "tp", "threads", "num_pages", "max_running", "max_waiting", "num_cpus", "max_queued"}
     counts |= {"slots_per_rank", "num_nodes", "prefill_every"}
 

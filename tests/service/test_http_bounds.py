@@ -134,7 +134,10 @@ async def test_more_requests_than_may_run_are_to_come_again(
     lane = FakeLane(tokenizer)
     lane.admit_gate.clear()  # nothing ends before all is seen
     async with serve_http(lane, changed=small) as server:
-        running = [asyncio.ensure_future(server.http.post(CHAT, json={"messages": HELLO})) for _ in range(2)]
+        running = [asyncio.ensure_future(server.http.post(CHAT, json={"messages": HELLO}))]
+        while (await server.coordinator.stats()).num_outputs == 0:
+            await asyncio.sleep(0.005)
+        running.append(asyncio.ensure_future(server.http.post(CHAT, json={"messages": HELLO})))
         while (await server.coordinator.stats()).num_queued == 0:
             await asyncio.sleep(0.005)
         refused = await server.http.post(CHAT, json={"messages": HELLO})
