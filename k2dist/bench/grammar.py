@@ -32,9 +32,8 @@ from k2dist.text.tokenizer import (
 STEP_MS = 25.0  # a decode step of K2 on GPUs, of which the masks should be a small part
 NUM_OUTPUTS = 32
 NUM_STEPS = 500
-NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))  # on two cores a second one only gets in the way
-    1, min(4, (os.cpu_count() or 1) // 2)
-)  # more than cores to spare only get in each other's way
+# On two cores a second one only gets in the way.
+NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 _K2_VOCABULARY = 163_584
 
 
