@@ -8,6 +8,7 @@ beforehand, or where that is not allowed (with a random vocabulary) a random one
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ from k2dist.text.tokenizer import (
 STEP_MS = 25.0  # a decode step of K2 on GPUs, of which the masks should be a small part
 NUM_OUTPUTS = 32
 NUM_STEPS = 500
-NUM_THREADS = 4
+# On two cores a second one only gets in the way.
+NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 _K2_VOCABULARY = 163_584
 
 

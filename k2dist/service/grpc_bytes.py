@@ -27,7 +27,7 @@ class _Unreadable:
     error: RequestError
 
 
-class RefuseBadBytes(grpc.aio.ServerInterceptor):
+class RefuseBadBytes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
     """Of calls with one request message: all of ours, and health checks."""
 
     async def intercept_service(

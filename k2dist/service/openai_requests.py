@@ -1,20 +1,24 @@
-"""OpenAI's request bodies as k2dist's requests: chat completions and completions. Pure.
-
-Source: OpenAI's API reference, chat/completions and completions; `partial` is Moonshot's; top_k, min_p,
-repetition_penalty, min_tokens, stop_token_ids and ignore_eos are spelled as vLLM spells them.
-"""
+"""OpenAI's request bodies (`openai_bodies`) as k2dist's requests: chat completions and completions. Pure."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from k2dist.errors import RequestError
 from k2dist.messages import ChatMessage, Constraint, JsonObject, JsonSchema, Message, ToolCall
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling
-from k2dist.service.http_body import Uint32, read_fields
+from k2dist.service.http_body import read_fields
+from k2dist.service.openai_bodies import (
+    Body,
+    BodyMessage,
+    ChatBody,
+    CompletionBody,
+    NamedChoice,
+    ResponseFormat,
+    TokenIds,
+)
 from k2dist.text.chat import ToolChoice
 
 MAX_CHOICES = 128  # of all prompts of one body together
@@ -59,119 +63,9 @@ class OpenAIAsked(Message, frozen=True, kw_only=True):
         return len(self.requests) * self.num_outputs
 
 
-class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class _TextPart(_Strict, frozen=True, kw_only=True):
-    text: str
-    type: Literal["text"]
-    cache_control: Any = None  # LiteLLM hands on Anthropic's; prefixes are cached without being asked
-
-
-class _Function(_Strict, frozen=True, kw_only=True):
-    name: str
-    arguments: str = ""
-
-
-class _Call(_Strict, frozen=True, kw_only=True):
-    id: str
-    function: _Function
-    type: Literal["function"] = "function"
-    index: int | None = None  # left by clients that gathered a stream
-
-
-class _Message(_Strict, frozen=True, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[_Call] | None = None
-    tool_call_id: str | None = None
-    partial: bool = False
-    # What clients hand back of an answer, and the template does not show.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Any = None
-    reasoning_content: Any = None
-
-
-class _StreamOptions(_Strict, frozen=True, kw_only=True):
-    include_usage: bool = False
-    include_obfuscation: Any = None
-
-
-class _Schema(_Strict, frozen=True, kw_only=True):
-    schema: dict[str, Any]
-    name: str = ""
-    description: str | None = None
-    strict: bool | None = None
-
-
-class _ResponseFormat(_Strict, frozen=True, kw_only=True):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
-
-
-class _NamedFunction(_Strict, frozen=True, kw_only=True):
-    name: str
-
-
-class _NamedChoice(_Strict, frozen=True, kw_only=True):
-    type: Literal["function"]
-    function: _NamedFunction
-
-
-class _Body(_Strict, frozen=True, kw_only=True):
-    """What both kinds of body have."""
-
-    model: str = ""
-    stream: bool = False
-    stream_options: _StreamOptions | None = None
-    n: Uint32 = 1
-    max_tokens: Uint32 | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[Uint32, float] = {}
-    seed: int | None = None
-    stop: str | list[str] = []
-    top_k: Uint32 | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: Uint32 | None = None
-    stop_token_ids: list[Uint32] = []
-    ignore_eos: bool | None = None
-    detached: bool = False  # losing the stream does not end the request: it can be resumed
-
-
-class _ChatBody(_Body, frozen=True, kw_only=True):
-    messages: list[_Message]
-    max_completion_tokens: Uint32 | None = None
-    logprobs: bool = False
-    top_logprobs: Uint32 | None = None
-    tools: list[dict[str, Any]] = []
-    tool_choice: Literal["none", "auto", "required"] | _NamedChoice = "auto"
-    parallel_tool_calls: bool = True
-    response_format: _ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-
-
-TokenIds = list[Uint32]
-
-
-class _CompletionBody(_Body, frozen=True, kw_only=True):
-    prompt: str | list[str | Uint32 | TokenIds]
-    logprobs: Uint32 | None = None
-    echo: bool = False
-    best_of: Uint32 | None = None
-    suffix: Annotated[str, Meta(max_length=0)] = ""
-
-
 def read_chat_body(fields: dict[str, Any], request_id: str) -> OpenAIAsked:
     """A chat completion. RequestError names what is wrong, or cannot be done here."""
-    body = read_fields(fields, _ChatBody, HARMLESS)
+    body = read_fields(fields, ChatBody, HARMLESS)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs", "needs logprobs: true")
     tools = read_tools(body.tools)
@@ -206,7 +100,7 @@ def read_chat_body(fields: dict[str, Any], request_id: str) -> OpenAIAsked:
 
 def read_completion_body(fields: dict[str, Any], request_id: str) -> OpenAIAsked:
     """A completion; several prompts are several requests, `request_id`-0 and so on."""
-    body = read_fields(fields, _CompletionBody, HARMLESS)
+    body = read_fields(fields, CompletionBody, HARMLESS)
     if body.best_of not in (None, body.n):
         raise RequestError("best_of", "only what n says is generated; leave it out")
     prompts = _read_prompts(body.prompt)
@@ -258,7 +152,7 @@ def read_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 
 def _sampling(
-    body: _Body,
+    body: Body,
     *,
     max_tokens: int | None,
     logprobs: int | None,
@@ -288,7 +182,7 @@ def _sampling(
     )
 
 
-def _max_tokens(body: _ChatBody) -> int | None:
+def _max_tokens(body: ChatBody) -> int | None:
     """`max_tokens` is the older name."""
     old, new = body.max_tokens, body.max_completion_tokens
     if None not in (old, new) and old != new:
@@ -296,7 +190,7 @@ def _max_tokens(body: _ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _shows_usage(body: _Body) -> bool:
+def _shows_usage(body: Body) -> bool:
     if body.stream_options is None:
         return False
     if not body.stream:
@@ -304,7 +198,7 @@ def _shows_usage(body: _Body) -> bool:
     return body.stream_options.include_usage
 
 
-def _read_message(message: _Message) -> ChatMessage:
+def _read_message(message: BodyMessage) -> ChatMessage:
     content = message.content
     if isinstance(content, list):
         content = "".join(part.text for part in content)
@@ -321,16 +215,16 @@ def _read_message(message: _Message) -> ChatMessage:
     )
 
 
-def _read_partial(messages: list[_Message]) -> bool:
+def _read_partial(messages: list[BodyMessage]) -> bool:
     for index, message in enumerate(messages):
         if message.partial and (message.role != "assistant" or index + 1 < len(messages)):
             raise RequestError(f"messages[{index}].partial", "only the last message, of the assistant")
     return bool(messages) and messages[-1].partial
 
 
-def _read_choice(body: _ChatBody) -> ToolChoice:
+def _read_choice(body: ChatBody) -> ToolChoice:
     choice = body.tool_choice
-    if isinstance(choice, _NamedChoice):
+    if isinstance(choice, NamedChoice):
         name = choice.function.name
         if name not in (tool["function"]["name"] for tool in body.tools):
             raise RequestError("tool_choice", f"{name!r} is not one of tools")
@@ -340,7 +234,7 @@ def _read_choice(body: _ChatBody) -> ToolChoice:
     return ToolChoice(mode=choice, is_parallel=body.parallel_tool_calls)
 
 
-def _read_format(form: _ResponseFormat | None) -> Constraint | None:
+def _read_format(form: ResponseFormat | None) -> Constraint | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":

@@ -11,7 +11,7 @@ import resource
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn
 
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,7 +53,7 @@ def render(template: Template, context: dict[str, Any]) -> dict[str, str]:
     return {"text": "".join(parts)}
 
 
-def read_frame(stream: BinaryIO) -> Any:
+def read_frame(stream: IO[bytes]) -> Any:
     """EOFError at the end of the stream."""
     head = stream.read(_LENGTH.size)
     data = stream.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
@@ -62,7 +62,7 @@ def read_frame(stream: BinaryIO) -> Any:
     return json.loads(data)
 
 
-def write_frame(stream: BinaryIO, value: object) -> None:
+def write_frame(stream: IO[bytes], value: object) -> None:
     data = json.dumps(value).encode()
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
@@ -91,7 +91,7 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
 
 
-def main(stdin: BinaryIO, stdout: BinaryIO, bound_memory: Callable[[], None] = _bound_memory) -> None:
+def main(stdin: IO[bytes], stdout: IO[bytes], bound_memory: Callable[[], None] = _bound_memory) -> None:
     source = read_frame(stdin)
     bound_memory()
     try:

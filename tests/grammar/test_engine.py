@@ -107,6 +107,34 @@ def test_forced_calls_of_noise_are_valid(dozen: list[Generated], tiny_tokenizer:
     assert sum(ended) >= 11
 
 
+def test_a_prompt_in_the_cache_changes_no_constrained_answer(
+    world: LocalWorld, tiny_tokenizer: Tokenizer
+) -> None:
+    """Of `n` outputs that share their prompt's pages, too: each takes its own way through the grammar."""
+    prompt = [*b"A prompt of more than one page, the same for all of them. Call it."]
+    requests = [
+        Request(
+            request_id=RequestId(f"cached-{number}"),
+            prompt=tuple(prompt),
+            sampling=forced(DOZEN[0], closing(tiny_tokenizer, max_tokens=400)),
+            num_outputs=3,
+        )
+        for number in range(2)
+    ]
+    feed = Feed(world.ports, lane_outputs=8)
+    answers = []
+    for request in requests:
+        answers.append(feed.put(request, 0))
+        while len(feed) > 0:
+            feed.wait(0.05)
+    first, again = ([output.token_ids for output in outputs] for outputs in answers)
+    assert first == again
+    assert len({tuple(ids) for ids in first}) == 3
+    assert answers[1][0].usage.cached_tokens >= 48, "the cache was not used"
+    for output in (*answers[0], *answers[1]):
+        check_calls(tiny_tokenizer, output, DOZEN[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_all_forced_calls_of_noise_are_valid(

@@ -245,6 +245,22 @@ def test_threads_make_the_masks_of_one(tokenizer: Tokenizer, grammars: Grammars,
     assert [bool(state.error) for state in states] == [False] * 21 + [True]
 
 
+def test_slices_of_the_vocabulary_change_no_mask(
+    tokenizer: Tokenizer, grammars: Grammars, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """They are a way to find the same tokens sooner."""
+    monkeypatch.setattr("k2dist.grammar.grammars._SLICES", [])
+    plain = Grammars(tokenizer, end_token_ids(tokenizer, None))
+    draw = random.Random(seed)
+    for constraint in (*CONSTRAINTS, Regex(pattern="([a-z]+ ?){1,9}[A-Z]")):
+        taken = walk(tokenizer, grammars, grammars.begin(constraint), draw)
+        state, twin = grammars.begin(constraint), plain.begin(constraint)
+        for token_id in taken:
+            assert allowed(grammars, state) == allowed(plain, twin)
+            state.advance(token_id)
+            twin.advance(token_id)
+
+
 def test_after_the_end_everything_is_allowed(tokenizer: Tokenizer, grammars: Grammars) -> None:
     """A step may run ahead of the token that ends its output; what it samples is dropped."""
     state = grammars.begin(Choice(choices=("a",)), b"a")

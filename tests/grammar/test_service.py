@@ -121,6 +121,38 @@ def forced(tokenizer: Tokenizer, case: Case, **fields: Any) -> ClientRequest:
     return ClientRequest(prompt=chat, sampling=sampling(tokenizer, **fields))
 
 
+@pytest.mark.slow
+def test_of_150_schemas_all_forced_calls_are_valid_streamed_or_not(
+    tiny_model_dir: Path, world: LocalWorld, tiny_tokenizer: Tokenizer
+) -> None:
+    """Of a model that says nothing but noise. `Resume` gives the same once more, in one event."""
+    marks = [*b'"}]', tiny_tokenizer.special_id(CALL_END), tiny_tokenizer.special_id(SECTION_END)]
+    bias = {**dict.fromkeys(marks, 12.0), **dict.fromkeys(b" \n\t\\[{,0123456789", -4.0)}
+
+    async def one(client: AsyncClient, case: Case) -> AnswerEnd:
+        request = forced(tiny_tokenizer, case, logit_bias=bias, max_tokens=400)
+        whole, events = await gather(client, request)
+        accepted = events[0]
+        assert isinstance(accepted, Accepted)
+        again = WholeAnswer()
+        async for event in client.resume(accepted.request_id):
+            again.add(event)
+        assert (again.text, again.tool_calls) == (whole.text, whole.tool_calls) == ("", whole.tool_calls)
+        assert whole.finished is not None
+        if whole.finished.reason is AnswerEnd.TOOL_CALLS:
+            for call in whole.tool_calls:
+                check_valid(str(call.arguments), case.schema)
+        return whole.finished.reason
+
+    async def all_of_them() -> None:
+        async with serve(tiny_model_dir, world) as client:
+            ends = await asyncio.gather(*(one(client, case) for case in CASES[:150]))
+        assert ends.count(AnswerEnd.TOOL_CALLS) >= 140
+        assert ends.count(AnswerEnd.TOOL_CALLS) + ends.count(AnswerEnd.LENGTH) == 150
+
+    asyncio.run(asyncio.wait_for(all_of_them(), 600))
+
+
 def test_forced_calls_of_noise_over_grpc(
     tiny_model_dir: Path, world: LocalWorld, tiny_tokenizer: Tokenizer
 ) -> None:

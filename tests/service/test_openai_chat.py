@@ -6,6 +6,7 @@ import json
 import string
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -239,3 +240,38 @@ async def test_what_cannot_be_done_is_refused_by_name(serve_http: ServeHttp, tok
         with pytest.raises(openai.BadRequestError) as caught:
             await server.openai.chat.completions.create(model="tiny", messages=HELLO, top_p=0)  # type: ignore[arg-type]
     assert caught.value.param == "top_p"
+
+
+UNENFORCEABLE = {
+    "not": {"type": "object", "properties": {"a": {"not": {"type": "null"}}}},
+    "if": {"type": "object", "if": {}, "then": {}},
+    "uniqueItems": {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+    "contains": {"type": "object", "properties": {"a": {"type": "array", "contains": {"const": 1}}}},
+}
+
+
+@pytest.mark.parametrize("keyword", UNENFORCEABLE)
+async def test_a_schema_that_cannot_be_kept_is_refused_by_its_keyword_and_fine_for_a_tool_that_is_not_strict(
+    keyword: str, serve_http: ServeHttp, tokenizer: Tokenizer
+) -> None:
+    schema = UNENFORCEABLE[keyword]
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    function = {"name": "f", "parameters": schema}
+    async with serve_http(FakeLane(tokenizer)) as server:
+
+        async def post(more: dict[str, Any]) -> httpx.Response:
+            return await server.http.post(
+                "/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2} | more
+            )
+
+        for more in (
+            {"response_format": form},
+            {"tools": [{"type": "function", "function": function}]},
+            {"tools": [{"type": "function", "function": function | {"strict": True}}]},
+        ):
+            refused = await post(more)
+            assert refused.status_code == 400
+            assert keyword in refused.json()["error"]["message"]
+        loose = {"tools": [{"type": "function", "function": function | {"strict": False}}]}
+        assert (await post(loose)).status_code == 200
+        assert (await post(loose | {"tool_choice": "required"})).status_code == 200
