@@ -75,6 +75,8 @@ def plan(
         architecture = find_architecture(model or KIMI_K2)
         search_layouts(architecture, hardware, nodes, gpus, workload, assumed, write, as_json=as_json)
         return
+    if hardware is not None or write is not None:
+        raise UsageError("--hardware and --write belong to --search: add it, and leave out the config")
     if config is None:
         raise UsageError("give a cluster YAML, or --search with --hardware, --nodes and --gpus")
     cluster = load_cluster(config)
@@ -83,7 +85,12 @@ def plan(
     if prompt_len is None and output_len is None:
         workload = fitting_workload(cluster, architecture, workload)
     planned = plan_cluster(cluster, model, architecture, workload, assumed=assumed)
-    if trace is not None or rate is not None or requests is not None:
+    is_simulated = trace is not None or rate is not None or requests is not None
+    if not is_simulated and (lose is not None or plot is not None or skew is not None):
+        raise UsageError(
+            "--lose, --plot and --skew are of a simulation: add --simulate, --rate or --requests"
+        )
+    if is_simulated:
         asked = Asked(
             trace=trace,
             rate=rate,

@@ -110,7 +110,8 @@ class StepModel:
                 self.site.architecture, self.site.stream_bytes, self._traffic(work, world_rows)
             ):
                 self._take(seconds, one._replace(times=layers))
-            self._exchange(seconds, sent, layers, is_padded=is_padded)
+            fullest = 1.0 if is_padded else self._fullest(work, world_rows)
+            self._exchange(seconds, sent, layers, fullest, is_padded=is_padded)
         return self._finish(seconds, work, lane_sent + layers * layer_sent)
 
     # -- kernels ---------------------------------------------------------------------------------------
@@ -154,18 +155,26 @@ class StepModel:
             return even.padded(site.padding.capacity(own))
         return even.exact()
 
-    def _exchange(self, seconds: _Seconds, sent: LayerBytes, layers: int, *, is_padded: bool) -> None:
+    def _exchange(
+        self, seconds: _Seconds, sent: LayerBytes, layers: int, fullest: float, *, is_padded: bool
+    ) -> None:
+        """`fullest`: bytes through the fullest port of a rank, in times of `sent`."""
         site = self.site
         if site.world_size == 1:
             return
         wait_s = self._wait_s(site.world_size)
-        imbalance = 1.0 if is_padded else site.assumed.imbalance
         for part, num_bytes in ((Part.DISPATCH, sent.out), (Part.COMBINE, sent.home)):
-            seconds.add(part, Term.NETWORK, layers * self._moving_s(imbalance * num_bytes, site.far_share))
+            seconds.add(part, Term.NETWORK, layers * self._moving_s(fullest * num_bytes, site.far_share))
             seconds.add(part, Term.WAIT, layers * wait_s)
         if not is_padded:  # the counts beforehand, and the host that hears them
             sync_s = 0.0 if site.is_cpu else 2 * site.assumed.sync_s
             seconds.add(Part.DISPATCH, Term.WAIT, layers * (wait_s + sync_s))
+
+    def _fullest(self, work: LaneWork, world_rows: int) -> float:
+        """What the busiest rank gets, or what one of this lane sends: links go both ways at once."""
+        own = self.site.own_rows(work.num_rows)
+        mean = world_rows / self.site.world_size
+        return max(1.0, self.site.assumed.imbalance * mean / own) if own else 1.0
 
     def _lane_collectives(self, seconds: _Seconds, work: LaneWork) -> int:
         """Rows gathered and sums reduced among the tp ranks of a lane; returns bytes sent by one."""

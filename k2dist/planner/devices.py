@@ -53,7 +53,7 @@ DEVICES = {
             link_rate=450e9,
             nic_rate=50e9,
             node_devices=8,
-            has_run=True,
+            has_run=False,
             sources=_HOPPER
             | {
                 "memory_bytes": "141 GB by the datasheet; CUDA reports about 139.7 GiB",

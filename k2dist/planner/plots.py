@@ -19,7 +19,7 @@ h2 { font-size: 1rem; margin: 0 0 .2rem; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 svg text { font-size: 11px; fill: currentColor; }
 svg .grid { stroke: currentColor; stroke-opacity: .15; }
-table { border-collapse: collapse; } td { padding: .1rem 1rem .1rem 0; }
+table { border-collapse: collapse; margin-bottom: 1.5rem; } td { padding: .1rem 1rem .1rem 0; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
@@ -131,13 +131,13 @@ def _y(value: float, most: float) -> float:
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2, 2.5 or 5 times a power of ten; 1 for 0."""
+    """To a number of one or two digits and noughts; 1 for 0."""
     if value <= 0:
         return 1.0
     power = 10.0 ** (len(f"{value:.0f}") - 1) if value >= 1 else 1.0
     while power > value:
         power /= 10
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value)
+    return next(step * power for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 
 def _label(value: float) -> str:

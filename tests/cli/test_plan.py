@@ -128,6 +128,8 @@ def test_what_is_told_to_work_does(tmp_path: Path) -> None:
         (["--prompt-len", "900000"], UsageError, "a lane's cache holds 768,000"),
         (["--target-tpot", "2"], UsageError, "with one request in each lane a token takes"),
         (["--model", "kimi"], UsageError, "not a name"),
+        (["--lose", "3@5"], UsageError, "are of a simulation: add --simulate, --rate or --requests"),
+        (["--write", "x.yaml"], UsageError, "belong to --search"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_by_name(
