@@ -3,7 +3,8 @@
     8 bytes, little endian   N bytes of JSON                                       the tensors, without a gap
     N                        {name: {dtype, shape, data_offsets: [begin, end]}}    offsets count from here
 
-Only the header and the asked-for bytes are read; nothing is mapped: a rank holds what it asked for.
+Only the header and the asked-for bytes are read; nothing is mapped: a rank holds what it asked for, and page
+faults of one thread read a cold disk of 1.0 GB/s at 0.2 (`safe_open` over 1.37 GB; 8 threads of reads: 1.0).
 Format: https://huggingface.co/docs/safetensors, "Format".
 """
 
