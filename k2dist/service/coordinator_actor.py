@@ -23,8 +23,6 @@ from k2dist.service.lane import Lane
 from k2dist.service.served_model import ServedModel
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
 
-LOG_BYTES = 2**30  # of the request log, at most; it counts each request with all tokens that it may still get
-
 
 class CoordinatorStats(Message, frozen=True, kw_only=True):
     """What the coordinator sees of its cluster now."""
@@ -142,7 +140,7 @@ def _limits(config: ClusterConfig) -> CoordinatorLimits:
         max_queued=config.service.max_queued,
         queue_s=config.service.queue_s,
         lane_outputs=config.scheduler.max_running,
-        log_bytes=LOG_BYTES,
+        log_bytes=config.service.log_bytes,
         retain_s=config.service.retain_s,
     )
 
