@@ -162,6 +162,7 @@ class Event(Message, frozen=True, kw_only=True, gc=False):
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     usage: Usage | None = None  # with `finish`: of this output alone
     error: str = ""  # with FinishReason.ERROR or TIMEOUT
+    retry_can_help: bool = False  # with ERROR: the request was in the wrong place at the wrong time
 
 
 class NewSequence(Message, frozen=True, kw_only=True):

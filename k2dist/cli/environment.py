@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 RAY_ADDRESS = "RAY_ADDRESS"  # of a Ray to join; without it k2dist starts one
+API_KEY = "K2DIST_API_KEY"  # for commands that talk to a running cluster
 _RAY_AUTH_MODE = "RAY_AUTH_MODE"
 
 
@@ -20,6 +21,10 @@ def prepare_environment() -> None:
 
 def ray_address() -> str | None:
     return os.environ.get(RAY_ADDRESS) or None
+
+
+def api_key() -> str | None:
+    return os.environ.get(API_KEY) or None
 
 
 def records_dir() -> Path:

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class Gateway(Protocol):
     """What the class that runs in the gateway's process offers: `service.GatewayActor`."""
 
-    def __init__(self, config: ClusterConfig) -> None: ...
+    def __init__(self, config: ClusterConfig, inner_key: str) -> None: ...
 
     async def start(self, coordinator: str, http: str) -> str:
         """Listen for clients; returns the address."""
@@ -41,8 +41,9 @@ class Gateway(Protocol):
 class GatewayProcess:
     """Of one cluster. Without `service.http` there is none, and nothing here does anything."""
 
-    def __init__(self, world: World, gateway: type[Gateway]) -> None:
+    def __init__(self, world: World, gateway: type[Gateway], inner_key: str) -> None:
         self._world = world
+        self._inner_key = inner_key
         self._gateway = gateway
         self._wanted = world.config.service.http
         self._actor: Any = None
@@ -53,7 +54,7 @@ class GatewayProcess:
             self._actor = (
                 ray.remote(self._gateway)
                 .options(name=NAME, lifetime="detached", num_cpus=0, max_restarts=0)
-                .remote(self._world.config)
+                .remote(self._world.config, self._inner_key)
             )
 
     async def open(self, coordinator: str) -> str:

@@ -14,6 +14,7 @@ import ray
 
 from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
+from k2dist.cluster.supervisor_handle import SupervisorHandle
 from k2dist.cluster.world import World
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
@@ -27,7 +28,15 @@ _CLOSE_S = 2.0  # for ending open streams with a status; then it is killed
 class Service(Protocol):
     """What the class that runs in the coordinator's process offers: `service.CoordinatorActor`."""
 
-    def __init__(self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle]) -> None: ...
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model_dir: str,
+        lanes: Sequence[LaneHandle],
+        *,
+        inner_key: str,
+        supervision: SupervisorHandle,
+    ) -> None: ...
 
     async def start(self) -> str:
         """Listen for clients; returns the address."""
@@ -45,17 +54,24 @@ class Service(Protocol):
 class ServiceProcess:
     """One coordinator actor, which needs no resources of Ray's count."""
 
-    def __init__(self, world: World, service: type[Service]) -> None:
+    def __init__(self, world: World, service: type[Service], inner_key: str) -> None:
         self._world = world
+        self._inner_key = inner_key
         self._service = service
         self._actor: Any = None
 
-    def create(self, lanes: Sequence[LaneHandle]) -> None:
+    def create(self, lanes: Sequence[LaneHandle], supervision: SupervisorHandle) -> None:
         """Start the process; it listens to nobody yet."""
         self._actor = (
             ray.remote(self._service)
             .options(name=NAME, lifetime="detached", num_cpus=0, max_restarts=0)
-            .remote(self._world.config, self._world.model_dir, lanes)
+            .remote(
+                self._world.config,
+                self._world.model_dir,
+                lanes,
+                inner_key=self._inner_key,
+                supervision=supervision,
+            )
         )
 
     async def open(self) -> str:

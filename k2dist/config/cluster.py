@@ -126,8 +126,8 @@ class RayConfig(Message, frozen=True, kw_only=True):
 
 
 class TlsConfig(Message, frozen=True, kw_only=True):
-    """Certificates of the gRPC and HTTP servers: paths of PEM files on the machines where they run. Read again
-    when they change. Without `cert` both speak in the clear."""
+    """Certificates of the gRPC and HTTP servers: paths of PEM files on the machines where they run. Read
+    again when they change. Without `cert` both speak in the clear."""
 
     cert: str | None = None  # the chain, the server's own first
     key: str | None = None  # its private key, not encrypted
@@ -158,8 +158,8 @@ class ServiceConfig(Message, frozen=True, kw_only=True):
     # Memory of the request log, at most. A request counts with every token that it may still get; more: more
     # requests with long answers at a time.
     log_bytes: Count = 2**30
-    # File of hashed API keys (`python -m k2dist.service.new_key` adds to it), on the machines where coordinator
-    # and gateway run; read again when it changes. None: whoever reaches the servers may do all.
+    # File of hashed API keys (`python -m k2dist.service.new_key` adds to it), on the machines where
+    # coordinator and gateway run; read again when it changes. None: whoever reaches the servers may do all.
     api_keys: str | None = None
     tls: TlsConfig = TlsConfig()
 
@@ -235,8 +235,8 @@ def _tls_faults(tls: TlsConfig) -> Iterator[str]:
         yield "service.tls.cert: missing; without it there is no TLS, and the other fields say nothing"
     if tls.cert is not None and tls.ca is None:
         yield (
-            "service.tls.ca: missing; the gateway knows the coordinator by it: the CA that signed cert, cert itself "
-            "if it is self-signed, or 'system'"
+            "service.tls.ca: missing; the gateway knows the coordinator by it: the CA that signed cert, "
+            "cert itself if it is self-signed, or 'system'"
         )
 
 
@@ -256,7 +256,8 @@ def exposures(service: ServiceConfig) -> Iterator[str]:
         if parts is not None and not _is_loopback(parts[0]):
             yield (
                 f"service.{name}={address!r}: it would serve, without keys, whoever reaches it; name a file "
-                f"of keys as service.api_keys, listen on 127.0.0.1, or say --insecure where the network itself keeps others out"
+                "of keys as service.api_keys, listen on 127.0.0.1, or say --insecure where the network "
+                "itself keeps others out"
             )
 
 

@@ -3,17 +3,20 @@
     revision   41        42            43
     state      A   ──>   B   ──>   C (now)      kept: the last `max_kept`; older ones are compacted
 
-Each entry is the whole state, so that a watcher can be late but never wrong. What moves with every step (loads,
-queues) is not part of it.
+Each entry is the whole state, so that a watcher can be late but never wrong. What moves with every step
+(loads, queues) is not part of it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 from k2dist.errors import RequestError
 from k2dist.ids import Generation, LaneId, WorldRank
+
+_NONE = Generation(0)
 
 
 class CompactedError(RequestError):
@@ -33,13 +36,14 @@ class RankView:
 class ClusterState:
     lanes: tuple[LaneId, ...]  # those that live
     is_draining: bool = False
-    generation: Generation = Generation(0)
+    generation: Generation = _NONE
     ranks: tuple[RankView, ...] = ()
 
 
 class ClusterFeed:
-    """`first_revision`: larger than any that an earlier feed of this cluster gave, so that its watchers are told to
-    begin anew; milliseconds since 1970 are, as long as there are fewer than 1,000 changes a second."""
+    """`first_revision`: larger than any that an earlier feed of this cluster gave, so that its watchers are
+    told to begin anew; milliseconds since 1970 are, as long as there are fewer than 1,000 changes a
+    second."""
 
     def __init__(self, state: ClusterState, *, first_revision: int, max_kept: int = 256) -> None:
         self._kept: deque[tuple[int, ClusterState]] = deque([(first_revision, state)], maxlen=max_kept)
@@ -79,4 +83,4 @@ class ClusterFeed:
         revisions = [revision for revision, _ in self._kept]
         assert revisions == list(range(revisions[0], revisions[0] + len(revisions))), f"gaps: {revisions}"
         states = [state for _, state in self._kept]
-        assert all(a != b for a, b in zip(states, states[1:], strict=False)), "a change that is none"
+        assert all(a != b for a, b in pairwise(states)), "a change that is none"

@@ -1,6 +1,7 @@
 """Which coordinator has a request: its id says so, to every coordinator alike.
 
-    c1-4bf6...  drawn by coordinator 1           anything else: a hash of it, modulo the number of coordinators
+    c1-4bf6...  drawn by coordinator 1           anything else: a hash of it, modulo the number of
+    coordinators
 
 So an id that a client chose leads every coordinator to the same one, where a repeated request meets its twin.
 """

@@ -6,8 +6,9 @@
     debt  ┤    ╰─╯        a prompt, and each token of an answer, is paid as it turns out
 
 A request is let in while both levels are above 0, and pays afterwards: how long its answer gets is not known
-when it comes, and a prompt larger than a minute's worth could otherwise never be sent. So a level may be below
-0, and refills first. Over any time T a key gets at most limit x (T + 1 minute), and what was under way at once.
+when it comes, and a prompt larger than a minute's worth could otherwise never be sent. So a level may be
+below 0, and refills first. Over any time T a key gets at most limit x (T + 1 minute), and what was under way
+at once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Bucket:
 
 
 class Account:
-    """What one key has used. `admit` before a request, `pay_tokens` for its prompt and all that comes of it."""
+    """What one key has used. `admit` before a request, `pay_tokens` for its prompt and all that comes of
+    it."""
 
     def __init__(self, limit: RateLimit, now_s: float) -> None:
         self._requests: Bucket | None = None
@@ -72,7 +74,8 @@ class Account:
         self.change(limit, now_s)
 
     def admit(self, now_s: float) -> float:
-        """Count one request in and return 0.0; or count nothing, and return after how many seconds to ask again."""
+        """Count one request in and return 0.0; or count nothing, and return after how many seconds to ask
+        again."""
         wait_s = max((bucket.wait_s(now_s) for bucket in self._buckets()), default=0.0)
         if wait_s == 0.0 and self._requests is not None:
             self._requests.pay(1, now_s)

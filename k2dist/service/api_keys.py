@@ -2,7 +2,8 @@
 
     k2_3f9a0c5d1e22_<43 characters>        id, which may be shown and logged; secret, 256 random bits
 
-    - id: 3f9a0c5d1e22                     the file: a YAML list; `python -m k2dist.service.new_key` adds to it
+    - id: 3f9a0c5d1e22                     the file: a YAML list; `python -m k2dist.service.new_key` adds to
+    it
       sha256: 5d41...                      of the whole key
       tenant: research
       role: client                         client: generates; monitor: reads metrics; operator: all, Drain too
@@ -36,7 +37,9 @@ from k2dist.messages import Message
 Role = Literal["client", "monitor", "operator"]
 
 _KEY = re.compile(r"k2_(?P<id>[0-9a-z]{1,32})_[A-Za-z0-9_-]{43}")
-_NOBODYS = hashlib.sha256(b"").hexdigest()  # compared with where there is no such id, so that it takes as long
+_NOBODYS = hashlib.sha256(
+    b""
+).hexdigest()  # compared with where there is no such id, so that it takes as long
 
 
 class KeyEntry(Message, frozen=True, kw_only=True):
@@ -100,7 +103,9 @@ def parse_keys(document: Any, source: str) -> KeyTable:
     try:
         entries = msgspec.convert(document, list[KeyEntry])
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}; see k2dist/service/api_keys.py for what an entry has") from error
+        raise ConfigError(
+            f"{source}: {error}; see k2dist/service/api_keys.py for what an entry has"
+        ) from error
     for name in ("id", "sha256"):
         values = [getattr(entry, name) for entry in entries]
         twice = next((value for value in values if values.count(value) > 1), None)

@@ -3,8 +3,8 @@
     Authorization: Bearer KEY   x-api-key: KEY (Anthropic's)   gRPC metadata of the same names
         ── Gate.identify ──> Caller ── may(method) ── own ids, tenant, priority, rate
 
-Without a file of keys everybody is ANYBODY, who may do all; then only this machine can reach the servers, unless
-somebody has said --insecure.
+Without a file of keys everybody is ANYBODY, who may do all; then only this machine can reach the servers,
+unless somebody has said --insecure.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from k2dist.coordinator import Account
-from k2dist.errors import RequestError
-from k2dist.ids import RequestId
 from k2dist.messages import Message
 from k2dist.service.api_keys import KeyTable, Role, read_keys
 from k2dist.service.client_request import ClientRequest
@@ -27,8 +25,8 @@ from k2dist.service.watched import Watched
 
 HEADERS = ("authorization", "x-api-key")
 _BEARER = "bearer "
-_OWNER_MARK = "·"  # no client's request id has it: they are ASCII
-# Which callers a gRPC method is for. The first row whose prefix matches counts; an unknown method is nobody's.
+# Which callers a gRPC method is for. The first row whose prefix matches counts; an unknown method is
+# nobody's.
 _EVERYBODY: frozenset[Role] = frozenset(("client", "monitor", "operator"))
 _METHODS: tuple[tuple[str, frozenset[Role] | None], ...] = (
     ("/grpc.health.v1.Health/", None),  # None: no key needed
@@ -50,11 +48,6 @@ class Caller(Message, frozen=True, kw_only=True):
     role: Role = "operator"
     max_priority: int | None = None
 
-    def inner_id(self, request_id: str) -> RequestId:
-        """The request's name inside, where ids of all callers meet: with the key in it, so that no key can find,
-        or collide with, a request of another."""
-        return RequestId(f"{self.key_id}{_OWNER_MARK}{request_id}" if self.key_id else request_id)
-
     def check_role(self, *roles: Role) -> None:
         if self.role not in roles:
             raise ForbiddenError(f"this key is for {self.role}s; it takes one for {' or '.join(roles)}s")
@@ -73,16 +66,11 @@ class Caller(Message, frozen=True, kw_only=True):
 ANYBODY = Caller()
 
 
-def outer_id(request_id: str) -> str:
-    """The request's name as its client knows it."""
-    return request_id.rpartition(_OWNER_MARK)[2]
-
-
 class Gate:
     """Tells who calls, and keeps each key's account.
 
-    keys_path: the file of keys; None: there are none. inner_key: of this cluster's own gateway, which looks at
-    models and topology for health checks; what it forwards carries its client's key.
+    keys_path: the file of keys; None: there are none. inner_key: of this cluster's own gateway, which looks
+    at models and topology for health checks; what it forwards carries its client's key.
     """
 
     def __init__(
@@ -115,18 +103,18 @@ class Gate:
         entry = self._keys.current().find(key)
         if entry is None:
             raise UnauthenticatedError("this API key is not known here; it may have been withdrawn")
-        return Caller(
-            key_id=entry.id, tenant=entry.tenant, role=entry.role, max_priority=entry.max_priority
-        )
+        return Caller(key_id=entry.id, tenant=entry.tenant, role=entry.role, max_priority=entry.max_priority)
 
     def check_method(self, method: str, headers: Mapping[str, str]) -> None:
-        """UnauthenticatedError or ForbiddenError unless a caller with these headers may call the gRPC method."""
+        """UnauthenticatedError or ForbiddenError unless a caller with these headers may call the gRPC
+        method."""
         roles = next(roles for prefix, roles in _METHODS if method.startswith(prefix))
         if roles is not None:
             self.identify(headers).check_role(*sorted(roles))
 
     def admit(self, caller: Caller) -> Account | None:
-        """Count one request of the caller in; who pays its tokens. RateLimitError: too many, or too many tokens."""
+        """Count one request of the caller in; who pays its tokens. RateLimitError: too many, or too many
+        tokens."""
         account = self._account(caller.key_id)
         wait_s = account.admit(self._clock()) if account is not None else 0.0
         if wait_s > 0.0:
@@ -162,11 +150,3 @@ def _credential(headers: Mapping[str, str]) -> str | None:
     if authorization.lower().startswith(_BEARER):
         return authorization[len(_BEARER) :].strip()
     return headers.get("x-api-key")
-
-
-def check_printable(key: str, source: str) -> str:
-    """The key without the line end of a file. RequestError: it cannot be sent in a header."""
-    key = key.strip()
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise RequestError(source, "not an API key; one line of printable ASCII")
-    return key

@@ -10,8 +10,9 @@ Errors are k2dist's own (`error_codes.error_of`). Leaving an iterator ends its r
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -23,28 +24,28 @@ from k2dist.messages import ChatMessage
 from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
 from k2dist.service.error_codes import error_of
+from k2dist.service.tls import ClientTls, open_channel
 from k2dist.service.wire_events import read_event
 from k2dist.service.wire_requests import write_chat, write_request
 
-MAX_MESSAGE_BYTES = 16 * 2**20
 UNARY_TIMEOUT_S = 30.0
 T = TypeVar("T")
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),  # finds a server that vanished without a word
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
-
 
 class AsyncClient:
-    """One channel to one coordinator. Any number of calls at once, all on the event loop it was made in."""
+    """One channel to one coordinator. Any number of calls at once, all on the event loop it was made in.
 
-    def __init__(self, address: str) -> None:
+    tls: None: in the clear. api_key: sent with every call; empty: none is.
+    """
+
+    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
+        """ConfigError: a file of `tls` cannot be used."""
         self.address = address
         self.spelling: dict[int, bytes] = {}  # of the tokens whose logprobs have come so far
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._headers: tuple[tuple[str, str], ...] = (
+            (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        )
+        self._channel = open_channel(address, tls)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
 
@@ -58,6 +59,12 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def on_behalf(self, headers: Mapping[str, str]) -> AsyncClient:
+        """This client with another's credentials, over the same channel, which stays this one's to close."""
+        other = copy.copy(self)
+        other._headers = tuple(headers.items())
+        return other
 
     def generate(
         self, request: ClientRequest, *, timeout_s: float | None = None
@@ -125,7 +132,9 @@ class AsyncClient:
         return response
 
     async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
-        call = method(message, timeout=timeout_s)  # with the first `anext`, on the loop
+        call = method(
+            message, timeout=timeout_s, metadata=self._headers
+        )  # with the first `anext`, on the loop
         try:
             async for message in call:
                 event = read_event(message, self.spelling)
@@ -138,7 +147,7 @@ class AsyncClient:
 
     async def _call(self, method: Any, message: Any) -> Any:
         try:
-            return await method(message, timeout=UNARY_TIMEOUT_S)
+            return await method(message, timeout=UNARY_TIMEOUT_S, metadata=self._headers)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, self.address) from error
 
@@ -146,11 +155,11 @@ class AsyncClient:
 class Client:
     """`AsyncClient` for code without an event loop: it runs one in a thread. Close it after use."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="k2dist-client", daemon=True)
         self._thread.start()
-        self._client = self._await(_connect(address))
+        self._client = self._await(_connect(address, tls, api_key))
 
     def close(self) -> None:
         self._await(self._client.close())
@@ -220,8 +229,10 @@ class Client:
             future.cancel()  # left by Ctrl-C: the loop is not to wait on; a result is not touched
 
 
-async def _connect(address: str) -> AsyncClient:
-    return AsyncClient(address)  # here, because a channel belongs to the running loop
+async def _connect(address: str, tls: ClientTls | None, api_key: str) -> AsyncClient:
+    return AsyncClient(
+        address, tls=tls, api_key=api_key
+    )  # here, because a channel belongs to the running loop
 
 
 async def _next(events: AsyncGenerator[AnswerEvent]) -> AnswerEvent | None:

@@ -6,22 +6,33 @@ A plain class with async methods, so that tests run it as it is and `cluster` ma
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from k2dist.config import read_architecture
 from k2dist.config.cluster import ClusterConfig, split_address
 from k2dist.config.generation_config import read_sampling_defaults
+from k2dist.coordinator import new_request_id
 from k2dist.errors import CheckpointError, ConfigError, UnavailableError
 from k2dist.grammar import Grammars
 from k2dist.messages import LaneLoad, Message
+from k2dist.service.auth import Gate
+from k2dist.service.bounds import max_requests
+from k2dist.service.cluster_watch import ClusterWatch, Supervision
+from k2dist.service.control_servicer import ControlServicer
 from k2dist.service.coordinator import Coordinator, CoordinatorLimits
 from k2dist.service.encoding import Encoder
+from k2dist.service.forward import Forwarder
 from k2dist.service.generation import AnswerStyle, Generation
 from k2dist.service.grpc_server import GrpcServer
 from k2dist.service.lane import Lane
 from k2dist.service.served_model import ServedModel
+from k2dist.service.tls import inner_tls, server_credentials
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
+
+_MORE_STREAMS = 256  # of one connection, for calls that do not generate and for those that are refused
 
 
 class CoordinatorStats(Message, frozen=True, kw_only=True):
@@ -37,7 +48,8 @@ class CoordinatorStats(Message, frozen=True, kw_only=True):
 class CoordinatorActor:
     """`lanes[i]` is lane i. `start` before all else, on the event loop that then belongs to it.
 
-    model_name: what clients call the model; the directory's name if not given.
+    model_name: what clients call the model; the directory's name if not given. inner_key: by which this
+    cluster's gateway is known. supervision: who knows the ranks; None: nobody does.
     """
 
     def __init__(
@@ -46,32 +58,60 @@ class CoordinatorActor:
         model_dir: str | Path,
         lanes: Sequence[Lane],
         model_name: str | None = None,
+        *,
+        inner_key: str = "",
+        supervision: Supervision | None = None,
     ) -> None:
         self._config = config
         self._model_dir = Path(model_dir)
         self._model_name = model_name or self._model_dir.resolve().name
         self._lanes = tuple(lanes)
+        self._inner_key = inner_key
+        self._supervision = supervision
         self._parts: _Parts | None = None
 
     async def start(self) -> str:
-        """Serve, and return the address. CapacityError: the port is taken. CheckpointError: no such model."""
+        """Serve, and return the address. CapacityError: the port is taken. CheckpointError: no such model.
+        ConfigError: a file of `service` cannot be read."""
+        service = self._config.service
+        gate = Gate(service.api_keys, inner_key=self._inner_key)
+        credentials = server_credentials(service.tls) if service.tls.is_on else None
+        forwarder = Forwarder(inner_tls(service.tls))
         tokenizer = Tokenizer.load(self._model_dir)
         coordinator: Coordinator[AnswerStyle] = Coordinator(self._lanes, _limits(self._config))
         model = self._read_model(tokenizer)
         encoder = Encoder(tokenizer, Grammars(tokenizer, model.end_token_ids))
-        generation = Generation(model, tokenizer, encoder, coordinator)
-        server = GrpcServer(self._config.name, generation, coordinator)
-        host, port = _split(self._config.service.grpc)
+        generation = Generation(
+            model,
+            tokenizer,
+            encoder,
+            coordinator,
+            gate,
+            lambda: new_request_id(forwarder.home, str(uuid.uuid4())),
+        )
+        watch = ClusterWatch(coordinator, first_revision=int(1000 * time.time()))
+        control = ControlServicer(self._config.name, model.name, coordinator, watch, self.drain)
+        server = GrpcServer(
+            generation, control, gate, forwarder, max_streams=max_requests(self._config) + _MORE_STREAMS
+        )
+        host, port = _split(service.grpc)
         try:
-            port = await server.start(host, port)
+            port = await server.start(host, port, credentials)
         except BaseException:
             encoder.close()
             raise
         coordinator.start()
+        if self._supervision is not None:
+            watch.follow(self._supervision)
         await server.set_serving(True)
         shown = f"[{host}]" if ":" in host else host
-        self._parts = _Parts(f"{shown}:{port}", coordinator, encoder, server)
+        self._parts = _Parts(f"{shown}:{port}", coordinator, encoder, server, watch, forwarder)
         return self._parts.address
+
+    async def join(self, home: int, addresses: Sequence[str]) -> None:
+        """Be coordinator `home` of several, which listen at `addresses`; requests of others are forwarded
+        there. Once, before there are requests. Each has lanes of its own."""
+        self._started().forwarder.join(home, addresses)
 
     async def address(self) -> str:
         return self._started().address
@@ -80,7 +120,8 @@ class CoordinatorActor:
         """Take no new requests and wait for the accepted; false if some go on after `deadlines.drain_s`."""
         parts = self._started()
         await parts.server.set_serving(False)
-        return await parts.coordinator.drain(timeout_s or self._config.deadlines.drain_s)
+        limit_s = self._config.deadlines.drain_s if timeout_s is None else timeout_s
+        return await parts.coordinator.drain(limit_s)
 
     async def stop(self) -> None:
         """End everything at once: open streams get UNAVAILABLE, the lanes are left as they are."""
@@ -88,6 +129,8 @@ class CoordinatorActor:
             return
         parts, self._parts = self._parts, None
         await parts.server.stop(grace_s=0.0)
+        await parts.watch.stop()
+        await parts.forwarder.close()
         await parts.coordinator.stop()
         parts.encoder.close()
 
@@ -109,9 +152,12 @@ class CoordinatorActor:
                 f"{architecture.vocab_size} in config.json; they belong to different models"
             )
         cache = self._config.cache
+        in_pages = cache.page_tokens * cache.num_pages
+        pages = f"a lane's cache (cache.num_pages={cache.num_pages} of {cache.page_tokens} tokens)"
         return ServedModel(
             name=self._model_name,
-            max_positions=min(architecture.max_positions, cache.page_tokens * cache.num_pages),
+            max_positions=min(architecture.max_positions, in_pages),
+            holder=pages if in_pages < architecture.max_positions else "the context",
             vocab_size=tokenizer.vocab_size,
             end_token_ids=end_token_ids(tokenizer, architecture.eos_token_ids),
             defaults=read_sampling_defaults(self._model_dir),
@@ -127,12 +173,20 @@ class _Parts:
     """What runs between `start` and `stop`."""
 
     def __init__(
-        self, address: str, coordinator: Coordinator[AnswerStyle], encoder: Encoder, server: GrpcServer
+        self,
+        address: str,
+        coordinator: Coordinator[AnswerStyle],
+        encoder: Encoder,
+        server: GrpcServer,
+        watch: ClusterWatch,
+        forwarder: Forwarder,
     ) -> None:
         self.address = address
         self.coordinator = coordinator
         self.encoder = encoder
         self.server = server
+        self.watch = watch
+        self.forwarder = forwarder
 
 
 def _limits(config: ClusterConfig) -> CoordinatorLimits:

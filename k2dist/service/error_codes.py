@@ -2,14 +2,16 @@
 
     K2Error class -> gRPC code, reason (ErrorInfo.reason, Error.reason in inference.proto)
 
-A status carries google.rpc.Status in its trailing metadata: one ErrorInfo, a BadRequest naming the field when a
-request is at fault, and a RetryInfo when to send it again can help (AIP-193).
+A status carries google.rpc.Status in its trailing metadata: one ErrorInfo, a BadRequest naming the field when
+a request is at fault, and a RetryInfo when to send it again can help (AIP-193).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
@@ -114,6 +116,21 @@ def status_details(error: K2Error) -> bytes:
 def retry_after_s(error: K2Error) -> float:
     """When to send a request again that was refused for now."""
     return error.retry_after_s if isinstance(error, RateLimitError) else RETRY_AFTER_S
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: K2Error) -> NoReturn:
+    """End a call with the status of `error`."""
+    await context.abort(row_of(error).code, str(error), ((DETAILS_KEY, status_details(error)),))
+    raise AssertionError("abort raises")
+
+
+@asynccontextmanager
+async def statuses(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Turns a K2Error, which can only come before the first event, into a status with details."""
+    try:
+        yield
+    except K2Error as error:
+        await abort(context, error)
 
 
 def error_of(call: grpc.aio.AioRpcError, address: str) -> K2Error:

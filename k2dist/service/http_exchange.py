@@ -180,7 +180,8 @@ async def _disconnected(receive: Receive) -> None:
 def _checked(event: AnswerEvent) -> AnswerEvent:
     """The event, unless it says that there will be no whole answer."""
     if isinstance(event, Failed):
-        raise UnavailableError(f"the answer broke off: {event.message}")
+        message = f"the answer broke off: {event.message}"
+        raise UnavailableError(message) if event.retryable else K2Error(message)
     if isinstance(event, Finished) and event.reason is AnswerEnd.ABORTED:
         raise AbortedError("the request was aborted")
     return event

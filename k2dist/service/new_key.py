@@ -1,8 +1,10 @@
 """Draw an API key, add its hash to a file of keys, and print the key: once, on stdout, and nowhere else.
 
-    python -m k2dist.service.new_key keys.yaml --tenant research [--role operator] [--tokens-per-minute 200000]
+    python -m k2dist.service.new_key keys.yaml --tenant research [--role operator] [--tokens-per-minute
+    200000]
 
-Servers that have the file as `service.api_keys` take the key within a second or two. Removing its entry ends it.
+Servers that have the file as `service.api_keys` take the key within a second or two. Removing its entry ends
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def add_key(path: Path, **fields: str | int | None) -> str:
     try:
         parse_keys(yaml.safe_load(text), str(path))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: write it as a list of `- id: ...` at the left edge, or begin anew") from error
+        raise ConfigError(
+            f"{path}: write it as a list of `- id: ...` at the left edge, or begin anew"
+        ) from error
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a server never sees half of it
     part.touch(mode=0o600)
     part.write_text(text, encoding="utf-8")
@@ -41,7 +45,9 @@ def add_key(path: Path, **fields: str | int | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="file of keys; made if there is none")
     parser.add_argument("--tenant", required=True, help="whose key it is")
     parser.add_argument("--role", choices=get_args(Role), default="client")

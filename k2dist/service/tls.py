@@ -1,8 +1,9 @@
 """TLS for both servers and their clients: certificates from files, read again when they change.
 
-    service.tls.cert, .key      what the servers show: PEM, the chain with the leaf first; its key, not encrypted
-    service.tls.client_ca       given: whoever connects must show a certificate that this CA has signed (mTLS)
-    service.tls.ca, .name       by what the gateway, and other coordinators, know a coordinator's certificate
+    service.tls.cert, .key      what the servers show: PEM, the chain with the leaf first; its key, not
+    encrypted service.tls.client_ca       given: whoever connects must show a certificate that this CA has
+    signed (mTLS) service.tls.ca, .name       by what the gateway, and other coordinators, know a
+    coordinator's certificate
 
 New connections get the new certificate within a second or two of its files' change; those that are open stay.
 """
@@ -19,6 +20,7 @@ from k2dist.config.cluster import TlsConfig
 from k2dist.errors import ConfigError
 from k2dist.messages import Message
 from k2dist.service.watched import Watched
+from k2dist.service.wire_options import CHANNEL_OPTIONS
 
 SYSTEM = "system"  # instead of a CA's file: those that this machine trusts
 
@@ -53,17 +55,23 @@ def check_files(config: TlsConfig) -> None:
         _grpc_configuration(config)
 
 
-def channel_credentials(tls: ClientTls, source: str = "") -> grpc.ChannelCredentials:
-    """For a gRPC client. ConfigError names the file; `source` comes before the field's name in it."""
-    ca = None if tls.ca == SYSTEM else _read_cas(f"{source}ca", tls.ca)
+def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
+    """For a gRPC client. ConfigError names the file at fault."""
+    ca = None if tls.ca == SYSTEM else _read_cas("ca", tls.ca)
     if tls.cert is None or tls.key is None:
         if tls.cert is not tls.key:
-            raise ConfigError(f"{source}cert and {source}key: a certificate and its key go together; give both")
+            raise ConfigError("cert and key: a certificate and its key go together; give both")
         return grpc.ssl_channel_credentials(ca)
-    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), source, tls.cert, tls.key)
-    return grpc.ssl_channel_credentials(
-        ca, _read(f"{source}key", tls.key), _read(f"{source}cert", tls.cert)
-    )
+    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "", tls.cert, tls.key)
+    return grpc.ssl_channel_credentials(ca, _read("key", tls.key), _read("cert", tls.cert))
+
+
+def open_channel(address: str, tls: ClientTls | None) -> grpc.aio.Channel:
+    """A connection to a k2dist server, in the clear without `tls`. ConfigError names the file at fault."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    names = () if tls.name is None else (("grpc.ssl_target_name_override", tls.name),)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=(*CHANNEL_OPTIONS, *names))
 
 
 def inner_tls(config: TlsConfig) -> ClientTls | None:

@@ -1,4 +1,5 @@
-"""Files that may change while they are used: certificates, keys. What cannot be read leaves the old in force."""
+"""Files that may change while they are used: certificates, keys. What cannot be read leaves the old in
+force."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ _log = logging.getLogger(__name__)
 class Watched(Generic[T]):
     """What `read` makes of `paths`, read again when one of them has changed; for any thread.
 
-    `read` raises ConfigError that names the file. The first time that goes to the caller; later the value from
-    before stays, and the error is logged once for each change. A file that is replaced (as Kubernetes replaces a
-    mounted secret, by a symbolic link) has changed too. Pairs of files that change one after the other are
-    read again until they fit.
+    `read` raises ConfigError that names the file. The first time that goes to the caller; later the value
+    from before stays, and the error is logged once for each change. A file that is replaced (as Kubernetes
+    replaces a mounted secret, by a symbolic link) has changed too. Pairs of files that change one after the
+    other are read again until they fit.
     """
 
     def __init__(

@@ -11,10 +11,11 @@ import pytest
 
 from k2dist.errors import ConfigError
 from k2dist.service.api_keys import KeyEntry, KeyTable, new_key, read_keys
-from k2dist.service.auth import ANYBODY, Caller, Gate, outer_id
+from k2dist.service.auth import ANYBODY, Caller, Gate
 from k2dist.service.client_request import ClientRequest
 from k2dist.service.error_codes import ForbiddenError, RateLimitError, UnauthenticatedError
 from k2dist.service.new_key import add_key
+from k2dist.service.owned_ids import inner_id, outer_id
 
 
 class Clock:
@@ -39,7 +40,13 @@ def test_a_key_is_found_by_all_of_itself_and_stored_as_a_hash(tmp_path: Path) ->
         found = table.find(key)
         assert found is not None
         assert found.tenant == tenant
-        for wrong in (key[:-1], key + "x", key[:-1] + ("A" if key[-1] != "A" else "B"), key.upper(), f" {key}"):
+        for wrong in (
+            key[:-1],
+            key + "x",
+            key[:-1] + ("A" if key[-1] != "A" else "B"),
+            key.upper(),
+            f" {key}",
+        ):
             assert table.find(wrong) is None
     swapped = keys[0][: keys[0].rindex("_")] + keys[1][keys[1].rindex("_") :]
     assert table.find(swapped) is None
@@ -70,7 +77,7 @@ def test_each_key_has_256_bits_and_none_comes_twice() -> None:
 def test_a_wrong_file_is_refused_by_its_name(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="keys.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"keys\.yaml") as caught:
         read_keys(str(path))
     assert fault.lower() in str(caught.value).lower()
 
@@ -82,7 +89,13 @@ def test_who_is_nobody_gets_in_nowhere(tmp_path: Path) -> None:
     assert gate.identify(bearer(key)).tenant == "a"
     assert gate.identify({"authorization": f"bearer {key}"}).tenant == "a"
     assert gate.identify({"x-api-key": key}).tenant == "a"
-    for headers in ({}, {"authorization": key}, bearer(key[:-1]), {"x-api-key": ""}, {"authorization": "Basic x"}):
+    for headers in (
+        {},
+        {"authorization": key},
+        bearer(key[:-1]),
+        {"x-api-key": ""},
+        {"authorization": "Basic x"},
+    ):
         with pytest.raises(UnauthenticatedError):
             gate.identify(headers)
     assert Gate(None).identify({}) == ANYBODY
@@ -131,15 +144,12 @@ def test_the_tenant_is_the_keys_and_the_priority_is_bounded() -> None:
 
 
 def test_ids_of_two_keys_never_meet() -> None:
-    one, two = Caller(key_id="k1"), Caller(key_id="k2")
-    names = {caller.inner_id(name) for caller in (one, two, ANYBODY) for name in ("r", "k1/r", "k1")}
+    names = {inner_id(key_id, name) for key_id in ("k1", "k2", "") for name in ("r", "k1/r", "k1")}
     assert len(names) == 9
     assert {outer_id(name) for name in names} == {"r", "k1/r", "k1"}
 
 
-def test_keys_and_limits_change_without_a_restart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_and_limits_change_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, clock = tmp_path / "keys.yaml", Clock()
     key = add_key(path, tenant="a", requests_per_minute=1)
     gate = Gate(str(path), clock=clock)
@@ -180,7 +190,16 @@ def test_keys_of_one_tenant_have_limits_of_their_own(tmp_path: Path) -> None:
 def test_the_tool_adds_to_the_file_and_prints_the_key_once(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     first = add_key(path, tenant="a")
-    command = [sys.executable, "-m", "k2dist.service.new_key", str(path), "--tenant", "b", "--role", "operator"]
+    command = [
+        sys.executable,
+        "-m",
+        "k2dist.service.new_key",
+        str(path),
+        "--tenant",
+        "b",
+        "--role",
+        "operator",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     table = read_keys(str(path))
     found = table.find(done.stdout.strip())
