@@ -131,6 +131,24 @@ class AsyncClient:
         response: control_pb2.GetTopologyResponse = await self._call(self._control.GetTopology, message)
         return response
 
+    async def watch(self, start_revision: int = 0) -> AsyncGenerator[control_pb2.WatchClusterResponse]:
+        """The cluster's changes from a revision on; 0: its present state first. CompactedError: begin anew."""
+        message = control_pb2.WatchClusterRequest(start_revision=start_revision)
+        call = self._control.WatchCluster(message, metadata=self._headers)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self.address) from error
+        finally:
+            call.cancel()
+
+    async def drain(self, timeout_s: float | None = None) -> control_pb2.DrainResponse:
+        """Let the cluster take no more requests; answers when none is left, or after `timeout_s`."""
+        message = control_pb2.DrainRequest(timeout_s=timeout_s)
+        response: control_pb2.DrainResponse = await self._call(self._control.Drain, message, None)
+        return response
+
     async def _read(self, method: Any, message: Any, timeout_s: float | None) -> AsyncGenerator[AnswerEvent]:
         call = method(
             message, timeout=timeout_s, metadata=self._headers
@@ -145,9 +163,9 @@ class AsyncClient:
         finally:
             call.cancel()  # without effect on a call that is done
 
-    async def _call(self, method: Any, message: Any) -> Any:
+    async def _call(self, method: Any, message: Any, timeout_s: float | None = UNARY_TIMEOUT_S) -> Any:
         try:
-            return await method(message, timeout=UNARY_TIMEOUT_S, metadata=self._headers)
+            return await method(message, timeout=timeout_s, metadata=self._headers)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, self.address) from error
 
@@ -213,6 +231,9 @@ class Client:
 
     def topology(self) -> control_pb2.GetTopologyResponse:
         return self._await(self._client.topology())
+
+    def drain(self, timeout_s: float | None = None) -> control_pb2.DrainResponse:
+        return self._await(self._client.drain(timeout_s))
 
     def _drain(self, events: AsyncGenerator[AnswerEvent]) -> Iterator[AnswerEvent]:
         try:

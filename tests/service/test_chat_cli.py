@@ -138,4 +138,4 @@ async def test_control_c_ends_an_answer_and_control_d_leaves(serve: Serve, token
 async def read_until(fd: int, text: str) -> None:
     seen = ""
     while text not in seen:
-        seen += (await asyncio.to_thread(os.read, fd, 1024)).decode()
+        seen += (await asyncio.to_thread(os.read, fd, 65536)).decode(errors="replace")
