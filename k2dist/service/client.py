@@ -24,6 +24,7 @@ from k2dist.messages import ChatMessage
 from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
 from k2dist.service.error_codes import error_of
+from k2dist.service.lasting import generate_lasting
 from k2dist.service.tls import ClientTls, open_channel
 from k2dist.service.wire_events import read_event
 from k2dist.service.wire_requests import write_chat, write_request
@@ -69,11 +70,18 @@ class AsyncClient:
     def generate(
         self, request: ClientRequest, *, timeout_s: float | None = None
     ) -> AsyncGenerator[AnswerEvent]:
-        """The answer's events as they come; the request goes out when the first is awaited.
+        """The answer's events as they come; the request goes out when the first is awaited. A lost connection
+        is an UnavailableError: see `generate_lasting`.
 
         `timeout_s`: for all of it; None: as long as it takes.
         """
         return self._read(self._inference.Generate, write_request(request), timeout_s)
+
+    def generate_lasting(
+        self, request: ClientRequest, *, reconnect_s: float = 60.0
+    ) -> AsyncGenerator[AnswerEvent]:
+        """`generate` that reads on after a lost connection, unless nobody answers for `reconnect_s`."""
+        return generate_lasting(self, request, reconnect_s=reconnect_s)
 
     def chat(
         self,
@@ -132,7 +140,8 @@ class AsyncClient:
         return response
 
     async def watch(self, start_revision: int = 0) -> AsyncGenerator[control_pb2.WatchClusterResponse]:
-        """The cluster's changes from a revision on; 0: its present state first. CompactedError: begin anew."""
+        """The cluster's changes from a revision on; 0: its present state first. CompactedError: begin
+        anew."""
         message = control_pb2.WatchClusterRequest(start_revision=start_revision)
         call = self._control.WatchCluster(message, metadata=self._headers)
         try:
@@ -196,6 +205,9 @@ class Client:
     def generate(self, request: ClientRequest, *, timeout_s: float | None = None) -> Iterator[AnswerEvent]:
         """Events as they come; closing the iterator ends the request, unless it is detached."""
         return self._drain(self._client.generate(request, timeout_s=timeout_s))
+
+    def generate_lasting(self, request: ClientRequest, *, reconnect_s: float = 60.0) -> Iterator[AnswerEvent]:
+        return self._drain(self._client.generate_lasting(request, reconnect_s=reconnect_s))
 
     def chat(
         self,

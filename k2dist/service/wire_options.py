@@ -13,7 +13,12 @@ _BOTH = (
     ("grpc.keepalive_time_ms", _PING_MS),
     ("grpc.keepalive_timeout_ms", _PONG_MS),
 )
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = _BOTH
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_BOTH,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # a server that comes back is found again within this
+)
 
 
 def server_options(max_streams: int) -> tuple[tuple[str, int], ...]:
