@@ -205,7 +205,6 @@ def test_an_answer_whose_grammar_is_stuck_ends_alone(world: LocalWorld) -> None:
         feed.wait(0.05)
     assert [output.finish for output in outputs] == [FinishReason.ERROR, FinishReason.STOP]
     assert outputs[0].error.startswith("constraint: ")
-    assert not outputs[0].retry_can_help  # elsewhere it would be stuck too
 
 
 def test_masks_are_counted(world: LocalWorld, tiny_tokenizer: Tokenizer) -> None:
