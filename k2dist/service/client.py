@@ -13,6 +13,8 @@ import asyncio
 import copy
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -255,11 +257,30 @@ class Client:
             self._await(events.aclose())
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        outcome: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(partial(_tell, outcome))
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
-        finally:
-            future.cancel()  # left by Ctrl-C: the loop is not to wait on; a result is not touched
+            return outcome.result()
+        except KeyboardInterrupt:
+            # Ended, and not only told to end: an iterator that is still running cannot be closed.
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            wait([outcome], UNARY_TIMEOUT_S)
+            raise
+
+
+def _tell(outcome: Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        outcome.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
 
 
 async def _connect(address: str, tls: ClientTls | None, api_key: str) -> AsyncClient:
