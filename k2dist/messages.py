@@ -172,6 +172,7 @@ class Event(Message, frozen=True, kw_only=True, gc=False):
     usage: Usage | None = None  # with `finish`: of this output alone
     error: str = ""  # with FinishReason.ERROR or TIMEOUT
     course: Course | None = None  # with an output's first token, and with its end
+    retry_can_help: bool = False  # with ERROR: the request was in the wrong place at the wrong time
 
 
 class NewSequence(Message, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from k2dist.cli.access import CaOption, CertOption, KeyFileOption, KeyOption, read_access
 from k2dist.config.cluster import ServiceConfig
 from k2dist.demo import tools as demo
 from k2dist.errors import K2Error, UsageError
@@ -41,12 +42,17 @@ def chat(
     tools: Annotated[Path | None, typer.Option(help="JSON list of tools; you type their results.")] = None,
     demo_tools: Annotated[bool, typer.Option(help="Offer the demo's tools, and run them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
     """Talk to a running cluster."""
+    access = read_access(ca, cert, key, api_key_file)
     is_terminal = sys.stdin.isatty()
     declared, run_tool = _tools(tools, demo_tools=demo_tools, is_terminal=is_terminal)
     sampling = PartialSampling(temperature=temperature, seed=seed, max_tokens=max_tokens)
-    with Client(address) as client:
+    with Client(address, tls=access.tls, api_key=access.api_key) as client:
         (model,) = client.models()
         if is_terminal:
             typer.echo(f"{model.name} at {address}. Ctrl-C ends an answer, Ctrl-D leaves.")

@@ -15,6 +15,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from k2dist.cli.access import read_access
 from k2dist.cli.chat import Conversation, run_demo_tool
 from k2dist.cli.demo_report import DemoReport, TalkReport, print_report, rank_reports
 from k2dist.cli.demo_view import Chunk, Talk, watch_talks
@@ -27,6 +28,7 @@ from k2dist.demo.corpus import TOOL_NAMES
 from k2dist.errors import K2Error
 from k2dist.service.client import Client
 from k2dist.service.client_request import PartialSampling
+from k2dist.service.tls import inner_tls
 
 GREEDY = PartialSampling(temperature=0.0, max_tokens=160)
 QUESTIONS = (
@@ -53,7 +55,8 @@ def demo(
     try:
         with launched(world, progress, is_detached=keep) as (cluster, status):
             ready_s = time.monotonic() - started_s
-            with Client(status.address) as client:
+            tls = inner_tls(world.config.service.tls)
+            with Client(status.address, tls=tls, api_key=read_access().api_key) as client:
                 reports = converse(client, talks, is_quiet=as_json)
             report = DemoReport(
                 cluster=world.config.name,

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 RAY_ADDRESS = "RAY_ADDRESS"  # of a Ray to join; without it k2dist starts one
+API_KEY = "K2DIST_API_KEY"  # for commands that talk to a running cluster
 _RAY_AUTH_MODE = "RAY_AUTH_MODE"
 
 
@@ -25,6 +26,10 @@ def ray_address() -> str | None:
 def openai_api_key() -> str | None:
     """Where OpenAI's own client looks for it."""
     return os.environ.get("OPENAI_API_KEY") or None
+
+
+def api_key() -> str | None:
+    return os.environ.get(API_KEY) or None
 
 
 def records_dir() -> Path:

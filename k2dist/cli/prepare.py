@@ -14,6 +14,8 @@ from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
 from k2dist.parallel import shard_plans
 from k2dist.planner import Workload, fitting_workload, plan_cluster
+from k2dist.service.api_keys import read_keys
+from k2dist.service.tls import check_files
 from k2dist.text import Tokenizer
 
 
@@ -29,8 +31,9 @@ def prepare_world(
     """The plan of a cluster, checked. What the command line says wins over the config; if neither names a
     model it is the demo's.
 
-    `is_insecure`: it may listen beyond this machine. `is_here`: its coordinator will run on this machine, so
-    the ports must be free here. Errors: ConfigError, CheckpointError, LayoutError, CapacityError.
+    `is_insecure`: it may listen beyond this machine without keys. `is_here`: its coordinator will run on this
+    machine, so the ports must be free and the files of `service` readable here. Errors: ConfigError,
+    CheckpointError, LayoutError, CapacityError.
     """
     said = {name: address for name, address in (("grpc", grpc), ("http", http)) if address is not None}
     config = replace(config, service=replace(config.service, **said))
@@ -48,6 +51,9 @@ def prepare_world(
         config, world.model_dir, architecture, workload, layout=world.layout
     )  # refuses what cannot work
     if is_here:
+        check_files(config.service.tls)
+        if config.service.api_keys is not None:
+            read_keys(config.service.api_keys)
         for field, address in listen_addresses(config.service):
             check_port(address, field)
     _check_model(world)

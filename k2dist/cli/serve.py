@@ -97,7 +97,8 @@ def _as_text(world: World, status: ClusterStatus, ready: Readiness, *, is_detach
     parallel = world.config.parallel
     layout = f"{parallel.lanes} lanes x tp {parallel.tp}, {world.layout.world_size} ranks"
     end = f"`k2dist stop --name {world.config.name}` ends it." if is_detached else "Ctrl-C ends it."
-    where = f"{status.address} (gRPC)" + (f" and http://{status.http}" if status.http else "")
+    scheme = "https" if world.config.service.tls.is_on else "http"
+    where = f"{status.address} (gRPC)" + (f" and {scheme}://{status.http}" if status.http else "")
     return f"{world.config.name} serves {world.model_dir} at {where} ({layout}). {end}\n{ready}"
 
 

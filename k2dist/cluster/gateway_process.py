@@ -29,7 +29,7 @@ _log = EventLog(logging.getLogger(__name__))
 class Gateway(Protocol):
     """What the class that runs in the gateway's process offers: `service.GatewayActor`."""
 
-    def __init__(self, config: ClusterConfig) -> None: ...
+    def __init__(self, config: ClusterConfig, inner_key: str) -> None: ...
 
     async def enter_process(self) -> None:
         """Called first, where it is a process of its own."""
@@ -47,8 +47,9 @@ class Gateway(Protocol):
 class GatewayProcess:
     """Of one cluster. Without `service.http` there is none, and nothing here does anything."""
 
-    def __init__(self, world: World, gateway: type[Gateway]) -> None:
+    def __init__(self, world: World, gateway: type[Gateway], inner_key: str) -> None:
         self._world = world
+        self._inner_key = inner_key
         self._gateway = gateway
         self._wanted = world.config.service.http
         self._actor: Any = None
@@ -56,7 +57,11 @@ class GatewayProcess:
     def create(self) -> None:
         """Start the process; it listens to nobody yet."""
         if self._wanted is not None:
-            self._actor = ray.remote(self._gateway).options(**detached_here(NAME)).remote(self._world.config)
+            self._actor = (
+                ray.remote(self._gateway)
+                .options(**detached_here(NAME))
+                .remote(self._world.config, self._inner_key)
+            )
             self._actor.enter_process.remote()
 
     async def open(self, coordinator: str) -> str:

@@ -15,8 +15,8 @@ import ray
 from k2dist.cluster.answers import answer
 from k2dist.cluster.lane_handle import LaneHandle
 from k2dist.cluster.placement import detached_here
+from k2dist.cluster.supervisor_handle import SupervisorHandle
 from k2dist.cluster.world import World
-from k2dist.cluster.world_handle import WorldHandle
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import K2Error
 
@@ -30,7 +30,13 @@ class Service(Protocol):
     """What the class that runs in the coordinator's process offers: `service.CoordinatorActor`."""
 
     def __init__(
-        self, config: ClusterConfig, model_dir: str, lanes: Sequence[LaneHandle], *, world: WorldHandle
+        self,
+        config: ClusterConfig,
+        model_dir: str,
+        lanes: Sequence[LaneHandle],
+        *,
+        inner_key: str,
+        supervision: SupervisorHandle,
     ) -> None: ...
 
     async def enter_process(self) -> None:
@@ -53,17 +59,24 @@ class Service(Protocol):
 class ServiceProcess:
     """One coordinator actor, which needs no resources of Ray's count."""
 
-    def __init__(self, world: World, service: type[Service]) -> None:
+    def __init__(self, world: World, service: type[Service], inner_key: str) -> None:
         self._world = world
+        self._inner_key = inner_key
         self._service = service
         self._actor: Any = None
 
-    def create(self, lanes: Sequence[LaneHandle], world: WorldHandle) -> None:
+    def create(self, lanes: Sequence[LaneHandle], supervision: SupervisorHandle) -> None:
         """Start the process; it listens to nobody yet."""
         self._actor = (
             ray.remote(self._service)
             .options(**detached_here(NAME))
-            .remote(self._world.config, self._world.model_dir, lanes, world=world)
+            .remote(
+                self._world.config,
+                self._world.model_dir,
+                lanes,
+                inner_key=self._inner_key,
+                supervision=supervision,
+            )
         )
         self._actor.enter_process.remote()
 

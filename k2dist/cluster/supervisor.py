@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -25,8 +26,8 @@ from k2dist.cluster.rank_actor import listen_address
 from k2dist.cluster.rank_processes import RankProcesses
 from k2dist.cluster.service_process import Service, ServiceProcess
 from k2dist.cluster.status import ClusterStatus, RankStatus
+from k2dist.cluster.supervisor_handle import SupervisorHandle
 from k2dist.cluster.world import Rendezvous, World
-from k2dist.cluster.world_handle import WorldHandle
 from k2dist.cluster.world_watch import WorldWatch
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.errors import K2Error
@@ -85,8 +86,9 @@ class Supervisor:
         self._ranks = RankProcesses(world)
         self._watch = WorldWatch(world, self._ranks)
         self._recoveries = Recoveries()
-        self._service = ServiceProcess(world, service)
-        self._gateway = GatewayProcess(world, gateway)
+        inner_key = secrets.token_urlsafe(32)  # by which the coordinator knows the gateway
+        self._service = ServiceProcess(world, service, inner_key)
+        self._gateway = GatewayProcess(world, gateway, inner_key)
         self._group: PlacementGroup | None = None
         self._store: Any = None  # torch's TCPStore of this generation; it serves while it is held
         self._meeting: asyncio.Task[Rendezvous] | None = None
@@ -193,9 +195,7 @@ class Supervisor:
                 self._ranks.create(action, self._group)
                 self._spawn_event(self._ranks.start(action))
                 if action.world_rank == self._world.layout.world_size - 1:  # its lanes can be named now
-                    self._service.create(
-                        self._ranks.lanes(), WorldHandle(ray.get_runtime_context().current_actor)
-                    )
+                    self._service.create(self._ranks.lanes(), self._handle())
                     self._gateway.create()
             case LoadRank():
                 self._spawn_event(self._ranks.load(action))
@@ -299,6 +299,10 @@ class Supervisor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     # --------------------------------------------------------------------------------------------------
+
+    def _handle(self) -> SupervisorHandle:
+        actor = ray.get_runtime_context().current_actor
+        return SupervisorHandle(actor, call_s=self._world.config.deadlines.call_s)
 
     def _rank_status(self, world_rank: WorldRank, state: RankState) -> RankStatus:
         process = self._ranks.processes.get(world_rank)

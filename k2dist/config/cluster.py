@@ -136,6 +136,25 @@ class RayConfig(Message, frozen=True, kw_only=True):
     object_store_bytes: Annotated[int, Meta(ge=75 * 2**20)] = 80 * 2**20
 
 
+class TlsConfig(Message, frozen=True, kw_only=True):
+    """Certificates of the gRPC and HTTP servers: paths of PEM files on the machines where they run. Read
+    again when they change. Without `cert` both speak in the clear."""
+
+    cert: str | None = None  # the chain, the server's own first
+    key: str | None = None  # its private key, not encrypted
+    # mTLS: who connects, to either server, must show a certificate signed by one of these CAs. Health checks
+    # and scrapers too. The gateway shows `cert`, which has to be good for clients as well.
+    client_ca: str | None = None
+    # By whom `cert` is signed, for the gateway to know the coordinator by; "system": a public CA.
+    ca: str | None = None
+    # The name in `cert` that the gateway expects; none: the host of the coordinator's address.
+    name: str | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self.cert is not None
+
+
 class ServiceConfig(Message, frozen=True, kw_only=True):
     """The coordinator with its gRPC server, and the HTTP gateway before it."""
 
@@ -153,6 +172,13 @@ class ServiceConfig(Message, frozen=True, kw_only=True):
     # Special tokens' names in what clients send become these tokens, as the reference tokenizer has it: the
     # same ids for the same bytes, and any user can forge turns of the conversation.
     specials_in_text: bool = False
+    # Memory of the request log, at most. A request counts with every token that it may still get; more: more
+    # requests with long answers at a time.
+    log_bytes: Count = 2**30
+    # File of hashed API keys (`python -m k2dist.service.new_key` adds to it), on the machines where
+    # coordinator and gateway run; read again when it changes. None: whoever reaches the servers may do all.
+    api_keys: str | None = None
+    tls: TlsConfig = TlsConfig()
 
 
 class ObserveConfig(Message, frozen=True, kw_only=True):
@@ -220,6 +246,7 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
                 f"service.{name}={address!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
                 f"{'127.0.0.1:50051' if name == 'grpc' else '127.0.0.1:8000'}"
             )
+    yield from _tls_faults(config.service.tls)
     world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
     if num_nodes is not None and world_size % num_nodes:
         yield (
@@ -233,6 +260,19 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
         yield "network.address='': use an address of this machine, such as 127.0.0.1, or 'node'"
 
 
+def _tls_faults(tls: TlsConfig) -> Iterator[str]:
+    if (tls.cert is None) is not (tls.key is None):
+        missing = "cert" if tls.cert is None else "key"
+        yield f"service.tls.{missing}: missing; a certificate and its key go together"
+    if tls.cert is None and any((tls.client_ca, tls.ca, tls.name)):
+        yield "service.tls.cert: missing; without it there is no TLS, and the other fields say nothing"
+    if tls.cert is not None and tls.ca is None:
+        yield (
+            "service.tls.ca: missing; the gateway knows the coordinator by it: the CA that signed cert, "
+            "cert itself if it is self-signed, or 'system'"
+        )
+
+
 def listen_addresses(service: ServiceConfig) -> Iterator[tuple[str, str]]:
     """Field and address of each server."""
     yield "grpc", service.grpc
@@ -241,13 +281,16 @@ def listen_addresses(service: ServiceConfig) -> Iterator[tuple[str, str]]:
 
 
 def exposures(service: ServiceConfig) -> Iterator[str]:
-    """Servers that others than this machine's users could reach. No keys are asked for yet."""
+    """Servers that others than this machine's users could reach, and that ask for no keys."""
+    if service.api_keys is not None:
+        return
     for name, address in listen_addresses(service):
         parts = split_address(address)
         if parts is not None and not _is_loopback(parts[0]):
             yield (
-                f"service.{name}={address!r}: it would serve, without keys, whoever reaches it; listen on "
-                f"127.0.0.1, or say --insecure where the network itself keeps others out"
+                f"service.{name}={address!r}: it would serve, without keys, whoever reaches it; name a file "
+                "of keys as service.api_keys, listen on 127.0.0.1, or say --insecure where the network "
+                "itself keeps others out"
             )
 
 

@@ -34,6 +34,7 @@ class LoggedOutput:
     stop_match: str | int | None = None
     usage: Usage | None = None
     error: str = ""
+    retry_can_help: bool = False
 
 
 @dataclass(slots=True)
@@ -114,6 +115,7 @@ class RequestLog:
         if fresh.finish is not None:
             output.finish, output.stop_match = fresh.finish, fresh.stop_match
             output.usage, output.error = fresh.usage, fresh.error
+            output.retry_can_help = fresh.retry_can_help
             self._note_end(entry, now_s)
         return fresh
 
@@ -164,6 +166,7 @@ class RequestLog:
             stop_match=output.stop_match,
             usage=output.usage,
             error=output.error,
+            retry_can_help=output.retry_can_help,
         )
 
     def request(self, request_id: RequestId) -> Request:

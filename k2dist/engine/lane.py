@@ -165,7 +165,8 @@ class LanePort:
     def end(self, faults: Mapping[RequestId, str], *, is_spoiled: bool) -> None:
         """End these requests with an error event each; before the step that showed it is committed.
 
-        `is_spoiled`: they got wrong numbers, which others may have found in the cache.
+        `is_spoiled`: they got wrong numbers, which others may have found in the cache; elsewhere they may get
+        right ones. Else it is what was asked for that cannot be done, here or anywhere.
         """
         if not faults:
             return
@@ -173,7 +174,10 @@ class LanePort:
             for request_id, reason in faults.items():
                 events = self._scheduler.abort(request_id, self._clock(), is_spoiled=is_spoiled)
                 self._publish(
-                    tuple(replace(event, finish=FinishReason.ERROR, error=reason) for event in events)
+                    tuple(
+                        replace(event, finish=FinishReason.ERROR, error=reason, retry_can_help=is_spoiled)
+                        for event in events
+                    )
                 )
 
     def commit(self, result: StepResult) -> None:
@@ -230,4 +234,5 @@ def _error_event(kept: _Kept, output_index: int, reason: str) -> Event:
         first_index=len(kept.tokens[output_index]),
         finish=FinishReason.ERROR,
         error=reason,
+        retry_can_help=True,
     )

@@ -43,17 +43,19 @@ def resolve_sampling(
     *,
     prompt_tokens: int,
     max_positions: int,
+    holder: str = "the context",
     vocab_size: int,
     draw_seed: Callable[[], int],
 ) -> Sampling:
     """Every field filled and in range; RequestError names the field that is not.
 
     `max_tokens` left open reaches to the end of the context; asked for beyond it is an error, not a clamp.
+    `holder`: what bounds prompt and answer together to `max_positions` tokens.
     """
     room = max_positions - prompt_tokens
     if room < 1:
         raise RequestError(
-            "prompt", f"{prompt_tokens} tokens leave no room for an answer: the context holds {max_positions}"
+            "prompt", f"{prompt_tokens} tokens leave no room for an answer: {holder} holds {max_positions}"
         )
     resolved = Sampling(
         temperature=_first(said.temperature, defaults.temperature),
@@ -78,8 +80,8 @@ def resolve_sampling(
     if resolved.max_tokens > room:
         raise RequestError(
             "sampling.max_tokens",
-            f"{resolved.max_tokens} + {prompt_tokens} prompt tokens pass the context of {max_positions}; "
-            f"ask for at most {room}",
+            f"{resolved.max_tokens} + {prompt_tokens} prompt tokens are too many: {holder} holds "
+            f"{max_positions}; ask for at most {room}",
         )
     return resolved
 

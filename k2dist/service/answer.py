@@ -150,4 +150,9 @@ def _delta(event: Event, parts: tuple[Part, ...]) -> Delta:
 
 
 def _failed(event: Event) -> Failed:
-    return Failed(output_index=event.output_index, reason="RANK_LOST", message=event.error, retryable=True)
+    return Failed(
+        output_index=event.output_index,
+        reason="RANK_LOST" if event.retry_can_help else "INTERNAL",
+        message=event.error,
+        retryable=event.retry_can_help,
+    )

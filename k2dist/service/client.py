@@ -10,8 +10,11 @@ Errors are k2dist's own (`error_codes.error_of`). Leaving an iterator ends its r
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,30 +27,31 @@ from k2dist.observe import Trace
 from k2dist.service.answer_events import AnswerEvent
 from k2dist.service.client_request import Chat, ClientRequest, PartialSampling, Position
 from k2dist.service.error_codes import error_of
+from k2dist.service.lasting import generate_lasting
 from k2dist.service.observe_server import ObserveClient
+from k2dist.service.tls import ClientTls, open_channel
 from k2dist.service.wire_events import read_event
 from k2dist.service.wire_requests import write_chat, write_request
 
-MAX_MESSAGE_BYTES = 16 * 2**20
 UNARY_TIMEOUT_S = 30.0
 T = TypeVar("T")
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # not in its stubs
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),  # finds a server that vanished without a word
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
-
 
 class AsyncClient:
-    """One channel to one coordinator. Any number of calls at once, all on the event loop it was made in."""
+    """One channel to one coordinator. Any number of calls at once, all on the event loop it was made in.
 
-    def __init__(self, address: str) -> None:
+    tls: None: in the clear. api_key: sent with every call; empty: none is.
+    """
+
+    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
+        """ConfigError: a file of `tls` cannot be used."""
         self.address = address
         self.spelling: dict[int, bytes] = {}  # of the tokens whose logprobs have come so far
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._headers: tuple[tuple[str, str], ...] = (
+            (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        )
+        self._channel = open_channel(address, tls)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self.observe = ObserveClient(self._channel, self._call)
@@ -63,14 +67,27 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    def on_behalf(self, headers: Mapping[str, str]) -> AsyncClient:
+        """This client with another's credentials, over the same channel, which stays this one's to close."""
+        other = copy.copy(self)
+        other._headers = tuple(headers.items())
+        return other
+
     def generate(
         self, request: ClientRequest, *, timeout_s: float | None = None, traceparent: str = ""
     ) -> AsyncGenerator[AnswerEvent]:
-        """The answer's events as they come; the request goes out when the first is awaited.
+        """The answer's events as they come; the request goes out when the first is awaited. A lost connection
+        is an UnavailableError: see `generate_lasting`.
 
         `timeout_s`: for all of it; None: as long as it takes. `traceparent`: W3C's, of the span that asks.
         """
         return self._read(self._inference.Generate, write_request(request), timeout_s, traceparent)
+
+    def generate_lasting(
+        self, request: ClientRequest, *, reconnect_s: float = 60.0
+    ) -> AsyncGenerator[AnswerEvent]:
+        """`generate` that reads on after a lost connection, unless nobody answers for `reconnect_s`."""
+        return generate_lasting(self, request, reconnect_s=reconnect_s)
 
     def chat(
         self,
@@ -133,10 +150,29 @@ class AsyncClient:
         response: control_pb2.GetTopologyResponse = await self._call(self._control.GetTopology, message)
         return response
 
+    async def watch(self, start_revision: int = 0) -> AsyncGenerator[control_pb2.WatchClusterResponse]:
+        """The cluster's changes from a revision on; 0: its present state first. CompactedError: begin
+        anew."""
+        message = control_pb2.WatchClusterRequest(start_revision=start_revision)
+        call = self._control.WatchCluster(message, metadata=self._headers)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self.address) from error
+        finally:
+            call.cancel()
+
+    async def drain(self, timeout_s: float | None = None) -> control_pb2.DrainResponse:
+        """Let the cluster take no more requests; answers when none is left, or after `timeout_s`."""
+        message = control_pb2.DrainRequest(timeout_s=timeout_s)
+        response: control_pb2.DrainResponse = await self._call(self._control.Drain, message, None)
+        return response
+
     async def _read(
         self, method: Any, message: Any, timeout_s: float | None, traceparent: str = ""
     ) -> AsyncGenerator[AnswerEvent]:
-        metadata = (("traceparent", traceparent),) if traceparent else None
+        metadata = (*self._headers, *((("traceparent", traceparent),) if traceparent else ()))
         call = method(message, timeout=timeout_s, metadata=metadata)  # with the first `anext`, on the loop
         try:
             # Not `async for`, which goes through two generators more.
@@ -149,9 +185,9 @@ class AsyncClient:
         finally:
             call.cancel()  # without effect on a call that is done
 
-    async def _call(self, method: Any, message: Any) -> Any:
+    async def _call(self, method: Any, message: Any, timeout_s: float | None = UNARY_TIMEOUT_S) -> Any:
         try:
-            return await method(message, timeout=UNARY_TIMEOUT_S)
+            return await method(message, timeout=timeout_s, metadata=self._headers)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, self.address) from error
 
@@ -159,11 +195,11 @@ class AsyncClient:
 class Client:
     """`AsyncClient` for code without an event loop: it runs one in a thread. Close it after use."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="k2dist-client", daemon=True)
         self._thread.start()
-        self._client = self._await(_connect(address))
+        self._client = self._await(_connect(address, tls, api_key))
 
     def close(self) -> None:
         self._await(self._client.close())
@@ -182,6 +218,9 @@ class Client:
     def generate(self, request: ClientRequest, *, timeout_s: float | None = None) -> Iterator[AnswerEvent]:
         """Events as they come; closing the iterator ends the request, unless it is detached."""
         return self._drain(self._client.generate(request, timeout_s=timeout_s))
+
+    def generate_lasting(self, request: ClientRequest, *, reconnect_s: float = 60.0) -> Iterator[AnswerEvent]:
+        return self._drain(self._client.generate_lasting(request, reconnect_s=reconnect_s))
 
     def chat(
         self,
@@ -222,6 +261,9 @@ class Client:
         """What has happened to a request; UnknownRequestError: never accepted there, or forgotten."""
         return self._await(self._client.observe.trace(request_id))
 
+    def drain(self, timeout_s: float | None = None) -> control_pb2.DrainResponse:
+        return self._await(self._client.drain(timeout_s))
+
     def _drain(self, events: AsyncGenerator[AnswerEvent]) -> Iterator[AnswerEvent]:
         try:
             while (event := self._await(_next(events))) is not None:
@@ -230,15 +272,36 @@ class Client:
             self._await(events.aclose())
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        outcome: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(partial(_tell, outcome))
+
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
-        finally:
-            future.cancel()  # left by Ctrl-C: the loop is not to wait on; a result is not touched
+            return outcome.result()
+        except KeyboardInterrupt:
+            # Ended, and not only told to end: an iterator that is still running cannot be closed.
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            wait([outcome], UNARY_TIMEOUT_S)
+            raise
 
 
-async def _connect(address: str) -> AsyncClient:
-    return AsyncClient(address)  # here, because a channel belongs to the running loop
+def _tell(outcome: Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        outcome.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
+
+
+async def _connect(address: str, tls: ClientTls | None, api_key: str) -> AsyncClient:
+    return AsyncClient(
+        address, tls=tls, api_key=api_key
+    )  # here, because a channel belongs to the running loop
 
 
 async def _next(events: AsyncGenerator[AnswerEvent]) -> AnswerEvent | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from k2dist.coordinator import Admission, RequestLog, choose
+from k2dist.coordinator import Account, Admission, RequestLog, choose
 from k2dist.errors import CapacityError, K2Error, PeerError, RequestError, UnavailableError
 from k2dist.ids import LaneId, RequestId
 from k2dist.messages import AdmitReply, Event, FinishReason, LaneLoad, Message, Request, Usage
@@ -26,6 +26,7 @@ from k2dist.observe import RequestBook
 from k2dist.observe.event_log import EventLog
 from k2dist.service.error_codes import AbortedError, UnknownRequestError, make_error
 from k2dist.service.lane import Lane
+from k2dist.service.owned_ids import outer_id
 from k2dist.service.submission import Reader, Submission
 
 N = TypeVar("N")
@@ -76,6 +77,7 @@ class Coordinator(Generic[N]):
         self._is_idle.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_draining = False
+        self.on_change: Callable[[], None] = lambda: None  # lanes were lost, or it drains
 
     def start(self) -> None:
         self._spawn(self._dispatch())
@@ -92,8 +94,10 @@ class Coordinator(Generic[N]):
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those taken; false if some went on after `timeout_s`."""
         self.is_draining = True
+        self.on_change()
         try:
-            await asyncio.wait_for(self._is_idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
         except TimeoutError:
             return False
         await asyncio.gather(*(lane.drain() for lane in self._lanes.values()))
@@ -101,8 +105,17 @@ class Coordinator(Generic[N]):
 
     # -- what clients ask ------------------------------------------------------------------------------
 
-    def open(self, request: Request, note: N, *, is_detached: bool, traceparent: str = "") -> Reader[N]:
-        """Queue a new request and read it. CapacityError: no room; UnavailableError: none are taken.
+    def open(
+        self,
+        request: Request,
+        note: N,
+        *,
+        is_detached: bool,
+        account: Account | None = None,
+        traceparent: str = "",
+    ) -> Reader[N]:
+        """Queue a new request and read it; its tokens are paid from `account`. CapacityError: no room;
+        UnavailableError: none are taken.
 
         `traceparent`: W3C's, of the span that it came from, or "".
         """
@@ -115,7 +128,7 @@ class Coordinator(Generic[N]):
         now_s = self._clock()
         self._forget(now_s)
         self._admission.offer(request, now_s, deadline_s=now_s + self._limits.queue_s)
-        submission = Submission(request, note, is_detached=is_detached)
+        submission = Submission(request, note, is_detached=is_detached, account=account)
         self._submissions[request.request_id] = submission
         self.book.arrive(request, now_s, time.time(), traceparent)
         self._is_idle.clear()
@@ -129,7 +142,7 @@ class Coordinator(Generic[N]):
         if submission is None:
             raise UnknownRequestError(
                 "request_id",
-                f"{request_id!r} is not known; it may have ended {self._limits.retain_s:g} s ago",
+                f"{outer_id(request_id)!r} is not known; it may have ended {self._limits.retain_s:g} s ago",
             )
         return Reader(submission, self._log, self._leave)
 
@@ -143,7 +156,7 @@ class Coordinator(Generic[N]):
         if submission is None:
             return AbortOutcome(result=AbortResult.NOT_FOUND)
         if self._admission.withdraw(request_id):
-            self._refuse(submission, AbortedError(f"{request_id} was aborted before a lane had it"))
+            self._refuse(submission, AbortedError(f"{outer_id(request_id)} was aborted before a lane had it"))
             return AbortOutcome(result=AbortResult.ABORTED)
         reader = Reader(submission, self._log, self._leave)
         try:
@@ -183,7 +196,7 @@ class Coordinator(Generic[N]):
         if not submission.is_unwanted or submission.refusal is not None:
             return
         if self._admission.withdraw(request_id):
-            self._refuse(submission, AbortedError(f"{request_id}: its client left"))
+            self._refuse(submission, AbortedError(f"{outer_id(request_id)}: its client left"))
         elif submission.lane is not None and request_id in self._log and not self._log.has_ended(request_id):
             self._spawn(self._cancel(submission.lane, request_id))
         # else it is on its way to a lane, and `_admit` looks again
@@ -199,7 +212,9 @@ class Coordinator(Generic[N]):
             deadline_s = self._admission.next_deadline_s()
             wait_s = None if deadline_s is None else max(deadline_s - self._clock(), 0.0)
             try:
-                await asyncio.wait_for(self._has_room.wait(), wait_s)
+                # Not wait_for: in Python 3.11 it can swallow a cancellation, and `stop` would wait for ever.
+                async with asyncio.timeout(wait_s):
+                    await self._has_room.wait()
             except TimeoutError:
                 _log.debug("coordinator.queue_deadline")
 
@@ -242,6 +257,7 @@ class Coordinator(Generic[N]):
             return
         submission.accept(lane_id)
         self.book.accept(request.request_id, self._clock())
+        submission.pay(len(request.prompt), self._clock())
         for event in submission.early:
             self._record(lane_id, event)
         submission.early.clear()
@@ -294,6 +310,7 @@ class Coordinator(Generic[N]):
         if fresh is None:
             return
         self.book.note(fresh, now_s)
+        submission.pay(len(fresh.token_ids), self._clock())
         if fresh.finish is not None:
             self._free(lane_id, 1)
             if self._log.has_ended(event.request_id):
@@ -304,8 +321,9 @@ class Coordinator(Generic[N]):
         """The lane has died: every request that goes on in it ends with `error`."""
         _log.error("coordinator.lane_lost", lane=lane_id, error=str(error))
         del self._lanes[lane_id]
+        self.on_change()
         for request in self._log.to_readmit(lane_id):
-            for event in _failures(request, str(error)):
+            for event in _failures(request, error):
                 self._record(lane_id, event)
         if not self._lanes:
             for request in self._admission.take(len(self._admission), self._clock()).ready:
@@ -355,7 +373,7 @@ def _raise_refusal(reply: AdmitReply) -> None:
     raise CapacityError(reply.error) if reply.retry_can_help else PeerError(reply.error)
 
 
-def _failures(request: Request, reason: str) -> list[Event]:
+def _failures(request: Request, error: K2Error) -> list[Event]:
     """The end, by error, of each output of a request whose `generated` tokens are known."""
     return [
         Event(
@@ -364,7 +382,8 @@ def _failures(request: Request, reason: str) -> list[Event]:
             first_index=len(tokens),
             finish=FinishReason.ERROR,
             usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=len(tokens)),
-            error=reason,
+            error=str(error),
+            retry_can_help=error.retry_can_help,
         )
         for index, tokens in request.generated.items()
     ]

@@ -13,22 +13,27 @@ from typing import TYPE_CHECKING
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import UnavailableError
 from k2dist.observe.event_log import set_up_logs
+from k2dist.service.auth import Gate
+from k2dist.service.bounds import max_requests
 from k2dist.service.client import AsyncClient
 from k2dist.service.spans import open_spans
+from k2dist.service.tls import inner_tls, server_context
 
 if TYPE_CHECKING:
     from k2dist.service.http_server import HttpServer
 
 
 class GatewayActor:
-    """`start` before all else, on the event loop that then belongs to it."""
+    """`start` before all else, on the event loop that then belongs to it. inner_key: by which the coordinator
+    knows it, where there are API keys."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, inner_key: str = "") -> None:
         # Now, while the ranks load. Not with the module: the command line names this class, and no more.
         from k2dist.service import http_app, http_server
 
         self._app, self._http = http_app, http_server
         self._config = config
+        self._inner_key = inner_key
         self._client: AsyncClient | None = None
         observe = config.observe
         self._spans = open_spans("gateway", config.name, observe.otlp_endpoint, observe.trace_share)
@@ -39,14 +44,18 @@ class GatewayActor:
         set_up_logs(self._config.observe.log_level, self._config.observe.log_format, process="gateway")
 
     async def start(self, coordinator: str, http: str) -> str:
-        """Serve the coordinator on `http`, and return where. CapacityError: the port is taken."""
+        """Serve the coordinator on `http`, and return where. CapacityError: the port is taken. ConfigError: a
+        file of `service` cannot be read."""
+        service = self._config.service
+        gate = Gate(service.api_keys)
+        context = server_context(service.tls) if service.tls.is_on else None
         self._server = self._http.HttpServer(http)
-        self._client = AsyncClient(coordinator)
+        self._client = AsyncClient(coordinator, tls=inner_tls(service.tls), api_key=self._inner_key)
         (model,) = await self._client.models()
         gateway = self._app.Gateway(
-            self._client, model.name, max_running=max_running(self._config), spans=self._spans
+            self._client, model.name, gate, max_running=max_requests(self._config), spans=self._spans
         )
-        await self._server.start(self._app.make_app(gateway))
+        await self._server.start(self._app.make_app(gateway), context)
         return self._server.address
 
     async def address(self) -> str:
@@ -63,8 +72,3 @@ class GatewayActor:
             await self._client.close()
             self._client = None
         await asyncio.to_thread(self._spans.close)
-
-
-def max_running(config: ClusterConfig) -> int:
-    """As many requests as the coordinator queues and the lanes run; more could only wait."""
-    return config.service.max_queued + config.parallel.lanes * config.scheduler.max_running

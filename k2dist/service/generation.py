@@ -9,8 +9,7 @@ Errors before `Accepted` are raised; after it each output ends with one Finished
 from __future__ import annotations
 
 import secrets
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -22,10 +21,12 @@ from k2dist.messages import Message, Request
 from k2dist.scheduler import resolve_sampling
 from k2dist.service.answer import Answer
 from k2dist.service.answer_events import Accepted, AnswerEvent
+from k2dist.service.auth import Caller, Gate
 from k2dist.service.client_request import Chat, ClientRequest, Position
 from k2dist.service.coordinator import AbortOutcome, Coordinator
 from k2dist.service.encoding import Encoder
 from k2dist.service.error_codes import RequestIdInUseError
+from k2dist.service.owned_ids import inner_id, outer_id
 from k2dist.service.served_model import ServedModel
 from k2dist.service.submission import Reader
 from k2dist.text.tokenizer import Tokenizer
@@ -48,7 +49,10 @@ class AnswerStyle(Message, frozen=True, kw_only=True):
 
 
 class Generation:
-    """See the module. One per coordinator; every method may run many times at once."""
+    """See the module. One per coordinator; every method may run many times at once.
+
+    draw_id: an id for a request that came without one, which names this coordinator.
+    """
 
     def __init__(
         self,
@@ -56,42 +60,55 @@ class Generation:
         tokenizer: Tokenizer,
         encoder: Encoder,
         coordinator: Coordinator[AnswerStyle],
+        gate: Gate,
+        draw_id: Callable[[], str],
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._encoder = encoder
         self._coordinator = coordinator
+        self._gate = gate
+        self._draw_id = draw_id
 
-    async def generate(self, asked: ClientRequest, *, traceparent: str = "") -> AsyncGenerator[AnswerEvent]:
+    async def generate(
+        self, asked: ClientRequest, caller: Caller, *, traceparent: str = ""
+    ) -> AsyncGenerator[AnswerEvent]:
         """The answer as it comes. Closing the generator leaves the request, which ends it unless detached.
 
         `traceparent`: W3C's, of the span that asks, or "".
         """
         self._check(asked)
-        reader = await self._open(asked, traceparent)
+        reader = await self._open(caller.own(asked), caller, traceparent)
         try:
             async for event in self._read(reader):
                 yield event
         finally:
             reader.close()
 
-    async def resume(self, request_id: str, positions: Sequence[Position]) -> AsyncGenerator[AnswerEvent]:
-        """The same answer again, each output from its position on; UnknownRequestError if it is forgotten."""
-        reader = self._coordinator.attach(RequestId(request_id))
+    async def resume(
+        self, request_id: str, positions: Sequence[Position], caller: Caller
+    ) -> AsyncGenerator[AnswerEvent]:
+        """The same answer again, each output from its position on; UnknownRequestError if it is forgotten, or
+        was asked for by another."""
+        reader = self._coordinator.attach(inner_id(caller.key_id, request_id))
         try:
             async for event in self._read(reader, _starts(positions, reader.request)):
                 yield event
         finally:
             reader.close()
 
-    async def abort(self, request_id: str) -> AbortOutcome:
-        return await self._coordinator.abort(RequestId(request_id))
+    async def abort(self, request_id: str, caller: Caller) -> AbortOutcome:
+        return await self._coordinator.abort(inner_id(caller.key_id, request_id))
 
-    async def tokenize(self, text: str, *, allow_special: bool) -> list[int]:
+    async def tokenize(self, text: str, caller: Caller, *, allow_special: bool) -> list[int]:
+        self._gate.admit(caller)
         return await self._encoder.encode_text(text, allow_special=allow_special)
 
-    async def apply_template(self, chat: Chat, *, add_generation_prompt: bool) -> tuple[list[int], str]:
+    async def apply_template(
+        self, chat: Chat, caller: Caller, *, add_generation_prompt: bool
+    ) -> tuple[list[int], str]:
         """Token ids, and the same for people to read."""
+        self._gate.admit(caller)
         return await self._encoder.render(chat, add_generation_prompt=add_generation_prompt)
 
     def check_model(self, name: str) -> None:
@@ -100,12 +117,14 @@ class Generation:
                 "model", f"{name!r} is not served here; use {self.model.name!r} or leave it empty"
             )
 
-    async def _open(self, asked: ClientRequest, traceparent: str) -> Reader[AnswerStyle]:
+    async def _open(self, asked: ClientRequest, caller: Caller, traceparent: str) -> Reader[AnswerStyle]:
         """A reader of the request: a known one with the same content, or a new one."""
-        known = self._coordinator.find(RequestId(asked.request_id)) if asked.request_id is not None else None
+        request_id = inner_id(caller.key_id, asked.request_id or self._draw_id())
+        known, account = self._coordinator.find(request_id), None
         if known is None:
+            account = self._gate.admit(caller)
             prompt = await self._encode(asked)
-            request = self._request(asked, prompt)
+            request = self._request(asked, request_id, prompt)
             if request.sampling.constraint is not None:
                 await self._encoder.check_constraint(request.sampling.constraint)
             known = self._coordinator.find(request.request_id)  # a twin may have come while we encoded
@@ -113,13 +132,15 @@ class Generation:
             first_call = asked.prompt.num_calls if isinstance(asked.prompt, Chat) else 0
             style = AnswerStyle(asked=asked, first_call=first_call)
             self._answer(request, style)  # raises for tools that it cannot read, while there is time
-            return self._coordinator.open(request, style, is_detached=asked.detached, traceparent=traceparent)
+            return self._coordinator.open(
+                request, style, is_detached=asked.detached, account=account, traceparent=traceparent
+            )
         if known.asked != asked:
             raise RequestIdInUseError(
                 "request_id",
                 f"{asked.request_id} belongs to another request; choose another id, best a UUID4",
             )
-        return self._coordinator.attach(RequestId(asked.request_id or ""))
+        return self._coordinator.attach(request_id)
 
     async def _encode(self, asked: ClientRequest) -> tuple[int, ...]:
         match asked.prompt:
@@ -130,7 +151,7 @@ class Generation:
             case token_ids:
                 return token_ids
 
-    def _request(self, asked: ClientRequest, prompt: tuple[int, ...]) -> Request:
+    def _request(self, asked: ClientRequest, request_id: RequestId, prompt: tuple[int, ...]) -> Request:
         if not prompt:
             raise RequestError("prompt", "empty; give at least one token")
         outside = next(
@@ -144,11 +165,12 @@ class Generation:
             self.model.defaults,
             prompt_tokens=len(prompt),
             max_positions=self.model.max_positions,
+            holder=self.model.holder,
             vocab_size=self.model.vocab_size,
             draw_seed=lambda: secrets.randbits(64),
         )
         return Request(
-            request_id=RequestId(asked.request_id or str(uuid.uuid4())),
+            request_id=request_id,
             prompt=prompt,
             sampling=sampling,
             num_outputs=asked.num_outputs,
@@ -167,7 +189,7 @@ class Generation:
             if start > 0:
                 answers[output_index].push(reader.skip(output_index, start))
         yield Accepted(
-            request_id=request.request_id,
+            request_id=outer_id(request.request_id),
             model=self.model.name,
             prompt_tokens=len(request.prompt),
             num_outputs=request.num_outputs,

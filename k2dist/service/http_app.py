@@ -23,10 +23,10 @@ from starlette.requests import ClientDisconnect
 from k2dist.errors import CapacityError, K2Error, RequestError
 from k2dist.service.anthropic_call import AnthropicCall, count_tokens
 from k2dist.service.anthropic_requests import read_count_body, read_messages_body
+from k2dist.service.auth import Gate
 from k2dist.service.client import AsyncClient
 from k2dist.service.http_body import read_object
 from k2dist.service.http_errors import (
-    RETRY_AFTER_S,
     BodyTooLargeError,
     ErrorForm,
     HttpError,
@@ -35,6 +35,7 @@ from k2dist.service.http_errors import (
     openai_error,
 )
 from k2dist.service.http_exchange import Exchange
+from k2dist.service.http_gate import HttpGate, credentials
 from k2dist.service.http_metrics import AnswerClock, HttpMetrics
 from k2dist.service.http_operator import add_operator_paths
 from k2dist.service.openai_call import OpenAICall
@@ -54,13 +55,20 @@ T = TypeVar("T")
 class Gateway:
     """What the handlers share. `max_running`: requests that generate at a time; more are refused."""
 
-    def __init__(self, client: AsyncClient, model: str, *, max_running: int, spans: Spans) -> None:
+    def __init__(
+        self, client: AsyncClient, model: str, gate: Gate, *, max_running: int, spans: Spans
+    ) -> None:
         self.client = client
+        self.gate = gate
         self.model = model
         self.max_running = max_running
         self.metrics = HttpMetrics(model)
         self.spans = spans
         self.began = int(time.time())
+
+    def client_of(self, request: Request) -> AsyncClient:
+        """For what is done for whoever sent the request, with its own key."""
+        return self.client.on_behalf(credentials(request.headers))
 
     def begin(self, api: str, request: Request) -> AnswerClock:
         """Count a request in. CapacityError: there are as many as there may be."""
@@ -72,6 +80,7 @@ class Gateway:
 
 def make_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="k2dist", docs_url=None, redoc_url=None)
+    app.add_middleware(HttpGate, gate=gateway.gate, form=_form)
     _add_errors(app)
     _add_openai(app, gateway)
     _add_anthropic(app, gateway)
@@ -88,7 +97,9 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
         asked = await _translated(posted, read)
         posted.check_resumable(is_streamed=asked.is_streamed)
         clock = gateway.begin("openai", request)
-        return Exchange(OpenAICall(gateway.client, asked, posted.request_id, clock, posted.places))
+        return Exchange(
+            OpenAICall(gateway.client_of(request), asked, posted.request_id, clock, posted.places)
+        )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -128,13 +139,15 @@ def _add_anthropic(app: FastAPI, gateway: Gateway) -> None:
         asked = await _translated(posted, read_messages_body)
         posted.check_resumable(is_streamed=asked.is_streamed)
         clock = gateway.begin("anthropic", request)
-        return Exchange(AnthropicCall(gateway.client, asked, posted.request_id, clock, posted.places))
+        return Exchange(
+            AnthropicCall(gateway.client_of(request), asked, posted.request_id, clock, posted.places)
+        )
 
     @app.post("/v1/messages/count_tokens")
     async def count(request: Request) -> Response:
         posted = await _receive(request, "msg_")
         chat = await _translated(posted, lambda fields, _: read_count_body(fields))
-        return JSONResponse({"input_tokens": await count_tokens(gateway.client, chat)})
+        return JSONResponse({"input_tokens": await count_tokens(gateway.client_of(request), chat)})
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -161,11 +174,14 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _reply(request: Request, error: K2Error) -> Response:
-    is_anthropic = request.url.path.startswith("/v1/messages")
-    form: ErrorForm = anthropic_error if is_anthropic else openai_error
-    reply = form(error)
-    headers = {"retry-after": str(RETRY_AFTER_S)} if reply.retry_can_help else None
+    reply = _form(request.url.path)(error)
+    headers = {"retry-after": str(reply.retry_after_s)} if reply.retry_after_s is not None else None
     return JSONResponse(reply.body, status_code=reply.status, headers=headers)
+
+
+def _form(path: str) -> ErrorForm:
+    """Of the API that is at this path."""
+    return anthropic_error if path.startswith("/v1/messages") else openai_error
 
 
 class _Posted(NamedTuple):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from k2dist.errors import CapacityError, FencedError, K2Error, PeerError, RequestError, UnavailableError
-from k2dist.service.error_codes import AbortedError, RequestIdInUseError, UnknownRequestError
-
-RETRY_AFTER_S = 1
+from k2dist.service.error_codes import (
+    AbortedError,
+    ForbiddenError,
+    RateLimitError,
+    RequestIdInUseError,
+    UnauthenticatedError,
+    UnknownRequestError,
+    retry_after_s,
+)
 
 
 class UnknownModelError(RequestError):
@@ -48,6 +55,9 @@ TABLE: tuple[Row, ...] = (
     Row(BodyTooLargeError, 413, "invalid_request_error", "request_too_large", 413, "request_too_large"),
     Row(RequestError, 400, "invalid_request_error", None, 400, "invalid_request_error"),
     Row(AbortedError, 409, "invalid_request_error", "aborted", 409, "invalid_request_error"),
+    Row(UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key", 401, "authentication_error"),
+    Row(ForbiddenError, 403, "invalid_request_error", "forbidden", 403, "permission_error"),
+    Row(RateLimitError, 429, "rate_limit_error", "rate_limit_exceeded", 429, "rate_limit_error"),
     Row(CapacityError, 503, "server_error", "no_capacity", 529, "overloaded_error"),
     Row(PeerError, 503, "server_error", "rank_lost", 503, "api_error"),
     Row(FencedError, 503, "server_error", "generation_ended", 503, "api_error"),
@@ -59,7 +69,7 @@ TABLE: tuple[Row, ...] = (
 class ErrorReply(NamedTuple):
     status: int
     body: dict[str, Any]
-    retry_can_help: bool
+    retry_after_s: int | None  # None: to send it again as it is does not help
 
 
 ErrorForm = Callable[[K2Error], ErrorReply]
@@ -69,13 +79,13 @@ def openai_error(error: K2Error) -> ErrorReply:
     row = _row(error)
     param = error.field or None if isinstance(error, RequestError) else None
     body = {"message": str(error), "type": row.openai_type, "param": param, "code": row.openai_code}
-    return ErrorReply(row.status, {"error": body}, error.retry_can_help)
+    return ErrorReply(row.status, {"error": body}, _wait_s(error))
 
 
 def anthropic_error(error: K2Error) -> ErrorReply:
     row = _row(error)
     body = {"type": "error", "error": {"type": row.anthropic_type, "message": str(error)}}
-    return ErrorReply(row.anthropic_status, body, error.retry_can_help)
+    return ErrorReply(row.anthropic_status, body, _wait_s(error))
 
 
 def rename_field(error: K2Error, names: dict[str, str]) -> K2Error:
@@ -93,6 +103,11 @@ def rename_field(error: K2Error, names: dict[str, str]) -> K2Error:
             field = theirs + field.removeprefix(ours)
             break
     return type(error)(field, error.message)
+
+
+def _wait_s(error: K2Error) -> int | None:
+    """In whole seconds, as the header has them."""
+    return math.ceil(retry_after_s(error)) if error.retry_can_help else None
 
 
 def _row(error: K2Error) -> Row:

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from k2dist.errors import K2Error, UnavailableError
 from k2dist.service.answer_events import AnswerEnd, AnswerEvent, Failed, Finished
 from k2dist.service.error_codes import AbortedError
-from k2dist.service.http_errors import RETRY_AFTER_S, ErrorReply
+from k2dist.service.http_errors import ErrorReply
 from k2dist.service.http_metrics import AnswerClock
 from k2dist.service.sse import HEARTBEAT, Frame, Numbering, Step, write_frame
 
@@ -151,7 +151,7 @@ class Exchange(Response):
 
 
 async def send_error(send: Send, reply: ErrorReply) -> None:
-    more = ((b"retry-after", b"%d" % RETRY_AFTER_S),) if reply.retry_can_help else ()
+    more = ((b"retry-after", b"%d" % reply.retry_after_s),) if reply.retry_after_s is not None else ()
     await _send_json(send, reply.status, reply.body, more)
 
 
@@ -184,7 +184,8 @@ async def _disconnected(receive: Receive) -> None:
 def _check(event: AnswerEvent) -> None:
     """Raise what an event means that says that there will be no whole answer."""
     if isinstance(event, Failed):
-        raise UnavailableError(f"the answer broke off: {event.message}")
+        message = f"the answer broke off: {event.message}"
+        raise UnavailableError(message) if event.retryable else K2Error(message)
     if isinstance(event, Finished) and event.reason is AnswerEnd.ABORTED:
         raise AbortedError("the request was aborted")
 

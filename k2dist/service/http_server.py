@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -34,7 +35,7 @@ class HttpServer:
     def is_running(self) -> bool:
         return self._serving is not None and not self._serving.done()
 
-    async def start(self, app: ASGIApp) -> None:
+    async def start(self, app: ASGIApp, tls: ssl.SSLContext | None = None) -> None:
         settings = uvicorn.Config(
             app,
             http="h11",  # the parser whose header bound can be set
@@ -48,6 +49,8 @@ class HttpServer:
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             timeout_graceful_shutdown=_GRACE_S,
         )
+        settings.load()
+        settings.ssl = tls
         self._server = _Server(settings)
         self._serving = asyncio.ensure_future(self._server.serve([self._listener]))
         while not self._server.started:

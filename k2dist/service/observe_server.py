@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -13,7 +11,9 @@ import msgspec
 from k2dist._proto.v1 import observe_pb2 as pb
 from k2dist._proto.v1 import observe_pb2_grpc
 from k2dist.observe import ClusterState, RequestBook, Trace
-from k2dist.service.error_codes import UnknownRequestError
+from k2dist.service.auth import Gate, headers_of
+from k2dist.service.error_codes import UnknownRequestError, statuses
+from k2dist.service.owned_ids import inner_id
 from k2dist.service.state import StateWatch
 
 OBSERVE = pb.DESCRIPTOR.services_by_name["Observe"].full_name
@@ -21,25 +21,23 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class ObserveServicer(observe_pb2_grpc.ObserveServicer):
-    """`statuses`: a context that turns errors into statuses."""
+    """A key finds its own requests; an operator's finds any by the name that logs have for it."""
 
-    def __init__(
-        self,
-        watch: StateWatch,
-        book: RequestBook,
-        statuses: Callable[[Any], AbstractAsyncContextManager[None]],
-    ) -> None:
+    def __init__(self, watch: StateWatch, book: RequestBook, gate: Gate) -> None:
         self._watch = watch
         self._book = book
-        self._statuses = statuses
+        self._gate = gate
 
     async def GetState(self, request: pb.GetStateRequest, context: Any) -> pb.GetStateResponse:
-        async with self._statuses(context):
+        async with statuses(context):
             return pb.GetStateResponse(json=_ENCODER.encode(await self._watch.look()))
 
     async def GetTrace(self, request: pb.GetTraceRequest, context: Any) -> pb.GetTraceResponse:
-        async with self._statuses(context):
-            trace = self._book.trace(request.request_id)
+        async with statuses(context):
+            caller = self._gate.identify(headers_of(context.invocation_metadata()))
+            trace = self._book.trace(inner_id(caller.key_id, request.request_id))
+            if trace is None and caller.role == "operator":
+                trace = self._book.trace(request.request_id)
             if trace is None:
                 raise UnknownRequestError(
                     "request_id", f"{request.request_id!r} is not known here; it may have ended long ago"

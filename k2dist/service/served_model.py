@@ -11,6 +11,7 @@ class ServedModel(Message, frozen=True, kw_only=True):
 
     name: str
     max_positions: int
+    holder: str  # what it is that holds so many, for whoever asks for more
     vocab_size: int
     end_token_ids: frozenset[int]
     defaults: SamplingDefaults

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -19,6 +19,7 @@ from k2dist.messages import LaneLoad
 from k2dist.observe import ClusterState, HealthJudge, LaneView, StepPair, WorldState
 from k2dist.service.coordinator import Coordinator
 from k2dist.service.lane import Lane
+from k2dist.service.supervision import Supervision
 
 FRESH_S = 0.25  # asked again so soon, it says the same; dashboards, health checks and pages share a look
 _LANE_S = 1.0  # for a lane to answer
@@ -33,16 +34,8 @@ class _Heard(NamedTuple):
     at_s: float
 
 
-class WorldWatch(Protocol):
-    """The supervisor as the coordinator sees it; `cluster.world_handle` implements it over Ray."""
-
-    async def look(self, timeout_s: float) -> WorldState:
-        """PeerError: it does not answer."""
-        ...
-
-
 class StateWatch:
-    """Of one coordinator, on its event loop. Without a `world` nothing is known of ranks.
+    """Of one coordinator, on its event loop. Without `supervision` nothing is known of ranks.
 
     `stall_s`: what has work and stands still for so long is unwell.
     """
@@ -52,7 +45,7 @@ class StateWatch:
         cluster: str,
         model: str,
         coordinator: Coordinator[Any],
-        world: WorldWatch | None,
+        supervision: Supervision | None,
         *,
         stall_s: float,
         step_pair: Callable[[Sequence[LaneLoad]], StepPair | None] = lambda loads: None,
@@ -61,7 +54,7 @@ class StateWatch:
         self._cluster = cluster
         self._model = model
         self._coordinator = coordinator
-        self._world = world
+        self._supervision = supervision
         self._step_pair = step_pair
         self._loads: dict[LaneId, LaneLoad] = {}  # the last of each
         self._asking: asyncio.Task[_Heard] | None = None
@@ -113,9 +106,9 @@ class StateWatch:
         return LaneView(lane=lane_id, load=self._loads.get(lane_id), is_silent=is_silent)
 
     async def _look_at_world(self) -> tuple[WorldState | None, str]:
-        if self._world is None:
+        if self._supervision is None:
             return None, ""
         try:
-            return await self._world.look(_WORLD_S), ""
+            return await self._supervision.look(_WORLD_S), ""
         except K2Error as error:
             return None, str(error)

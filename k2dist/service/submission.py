@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
-from k2dist.coordinator import RequestLog
+from k2dist.coordinator import Account, RequestLog
 from k2dist.errors import K2Error
 from k2dist.ids import LaneId
 from k2dist.messages import Event, Request
 from k2dist.service.error_codes import UnknownRequestError
+from k2dist.service.owned_ids import outer_id
 
 N = TypeVar("N")
 
@@ -22,10 +23,13 @@ class Submission(Generic[N]):
     reply are kept in `early`.
     """
 
-    def __init__(self, request: Request, note: N, *, is_detached: bool) -> None:
+    def __init__(
+        self, request: Request, note: N, *, is_detached: bool, account: Account | None = None
+    ) -> None:
         self.request = request
         self.note = note
         self.is_detached = is_detached
+        self._account = account
         self.lane: LaneId | None = None
         self.refusal: K2Error | None = None
         self.early: list[Event] = []
@@ -43,6 +47,11 @@ class Submission(Generic[N]):
     def refuse(self, error: K2Error) -> None:
         self.refusal = error
         self.wake()
+
+    def pay(self, num_tokens: int, now_s: float) -> None:
+        """Its caller has had these tokens computed."""
+        if self._account is not None and num_tokens > 0:
+            self._account.pay_tokens(num_tokens, now_s)
 
     def wake(self) -> None:
         """Something changed: its state, or the log."""
@@ -114,7 +123,7 @@ class Reader(Generic[N]):
         for output_index in sorted(self._open):
             if request_id not in self._log:
                 raise UnknownRequestError(
-                    "request_id", f"{request_id} was read so slowly that it is forgotten"
+                    "request_id", f"{outer_id(request_id)} was read so slowly that it is forgotten"
                 )
             event = self._log.tail(
                 request_id,

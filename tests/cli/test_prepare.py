@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from k2dist.cli.prepare import check_port, prepare_world
-from k2dist.config.cluster import ClusterConfig, ParallelConfig
+from k2dist.config.cluster import ClusterConfig, ParallelConfig, TlsConfig
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, CheckpointError, ConfigError
 
@@ -46,6 +46,23 @@ def test_without_keys_it_listens_to_this_machine_unless_told_otherwise(
         prepare_world(CONFIG, tiny_model_dir, address, is_here=False)
     world = prepare_world(CONFIG, tiny_model_dir, http=address, is_insecure=True, is_here=False)
     assert world.config.service.http == address
+
+
+def test_with_keys_it_may_listen_to_all_and_its_files_are_looked_at_first(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    guarded = replace(CONFIG, service=replace(CONFIG.service, api_keys=str(keys), http=None))
+    address = "0.0.0.0:0"
+    assert prepare_world(guarded, tiny_model_dir, address, is_here=False).config.service.grpc == address
+    with pytest.raises(ConfigError, match=r"service\.api_keys='.*keys\.yaml': cannot be read"):
+        prepare_world(guarded, tiny_model_dir, address, is_here=True)
+    keys.write_text("[]")
+    prepare_world(guarded, tiny_model_dir, address, is_here=True)
+    tls = TlsConfig(cert=str(tmp_path / "cert.pem"), key="k", ca="c")
+    secured = replace(guarded, service=replace(guarded.service, tls=tls))
+    with pytest.raises(ConfigError, match=r"service\.tls\.cert='.*cert\.pem': cannot be read"):
+        prepare_world(secured, tiny_model_dir, address, is_here=True)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2:8000", "[::1]:8000", "localhost:8000"])

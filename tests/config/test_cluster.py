@@ -86,6 +86,10 @@ def test_missing_fields_are_named() -> None:
         ("deadlines: {lease_s: 2}", "x.yaml: deadlines.lease_s=2: one late beat would end the cluster"),
         ("service: {grpc: localhost}", "x.yaml: service.grpc='localhost': use host:port"),
         ("service: {grpc: 'localhost:65536'}", "x.yaml: service.grpc='localhost:65536': use host:port"),
+        ("service: {tls: {cert: c, ca: a}}", "x.yaml: service.tls.key: missing"),
+        ("service: {tls: {key: k}}", "x.yaml: service.tls.cert: missing; a certificate and its key"),
+        ("service: {tls: {client_ca: a}}", "x.yaml: service.tls.cert: missing; without it there is no TLS"),
+        ("service: {tls: {cert: c, key: k}}", "x.yaml: service.tls.ca: missing; the gateway"),
         ("network: {address: ''}", "x.yaml: network.address='': use an address of this machine"),
     ],
 )

@@ -96,6 +96,20 @@ def test_a_waiting_reader_wakes_with_the_first_event(port: LanePort) -> None:
     assert tokens(tuple(got)) == [10]
 
 
+@pytest.mark.parametrize("is_spoiled", [True, False])
+def test_an_ended_request_says_whether_a_retry_can_help(port: LanePort, is_spoiled: bool) -> None:
+    """Wrong numbers are this lane's fault; a constraint that no token satisfies is stuck on every lane."""
+    port.admit((request("a"), request("b")))
+    step(port, 0)
+    port.end({RequestId("a"): "it broke"}, is_spoiled=is_spoiled)
+    (last,) = (event for event in port.events(0, 0.0).events if event.finish is not None)
+    assert (last.request_id, last.finish, last.error) == ("a", FinishReason.ERROR, "it broke")
+    assert last.retry_can_help is is_spoiled
+    port.fail("the generation ended")
+    (other,) = (event for event in port.events(0, 0.0).events if event.request_id == "b" and event.finish)
+    assert other.retry_can_help
+
+
 def test_facts_are_kept_until_retain_s_after_the_end(port: LanePort, clock: Clock) -> None:
     port.admit((request("a", max_tokens=1),))
     step(port, 0)

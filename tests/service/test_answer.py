@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,8 @@ def events(
     finish: FinishReason = FinishReason.STOP,
     stop_match: str | int | None = END,
     error: str = "",
+    *,
+    retry_can_help: bool = False,
 ) -> list[Event]:
     """The tokens in pieces, cut before these indices; the last piece ends the output."""
     bounds = [0, *sorted(cut for cut in cuts if 0 < cut < len(token_ids)), len(token_ids)]
@@ -45,6 +48,7 @@ def events(
         stop_match=stop_match,
         usage=Usage(completion_tokens=len(token_ids)),
         error=error,
+        retry_can_help=retry_can_help,
     )
     return [*pieces, last]
 
@@ -127,10 +131,12 @@ def test_marks_are_no_text_where_no_tools_were_given() -> None:
     assert answer.finished.reason is AnswerEnd.STOP
 
 
-def test_an_error_is_the_last_event_and_says_why() -> None:
-    shown = read(Answer(TOKENIZER), events([*b"ab"], set(), FinishReason.ERROR, None, "rank 3 is late"))
+@pytest.mark.parametrize(("retry_can_help", "reason"), [(True, "RANK_LOST"), (False, "INTERNAL")])
+def test_an_error_is_the_last_event_and_says_why(retry_can_help: bool, reason: str) -> None:
+    given = events([*b"ab"], set(), FinishReason.ERROR, None, "it broke", retry_can_help=retry_can_help)
+    shown = read(Answer(TOKENIZER), given)
     assert [type(event) for event in shown] == [Delta, Failed]
-    assert shown[-1] == Failed(output_index=0, reason="RANK_LOST", message="rank 3 is late", retryable=True)
+    assert shown[-1] == Failed(output_index=0, reason=reason, message="it broke", retryable=retry_can_help)
 
 
 def test_an_aborted_answer_keeps_its_text() -> None:

@@ -12,12 +12,18 @@ import sys
 from pathlib import Path
 
 import typer
+from msgspec.structs import replace
 from typer.testing import CliRunner, Result
 
 from k2dist.cli.chat import chat, run_demo_tool
+from k2dist.config.cluster import ClusterConfig, TlsConfig
 from k2dist.errors import UnavailableError, UsageError
 from k2dist.messages import ToolCall
+from k2dist.service.coordinator_actor import CoordinatorActor
+from k2dist.service.error_codes import UnauthenticatedError
+from k2dist.service.new_key import add_key
 from k2dist.text.tokenizer import IM_END, Tokenizer
+from tests.service.certificates import Authority
 from tests.service.conftest import Serve
 from tests.service.fake_lane import FakeLane
 from tests.service.test_generate import call_tokens
@@ -84,6 +90,29 @@ async def test_calls_of_given_tools_are_shown_and_not_run(
     assert result.stdout == "Let me look.[f {}]\n"
 
 
+async def test_it_shows_its_key_and_its_certificate(
+    serve: Serve, tokenizer: Tokenizer, config: ClusterConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server", "127.0.0.1")
+    keys, key_file = tmp_path / "keys.yaml", tmp_path / "key"
+    key_file.write_text(add_key(keys, tenant="a"))
+    tls = TlsConfig(cert=pair.cert, key=pair.key, ca=authority.ca, client_ca=authority.ca)
+    service = replace(config.service, tls=tls, api_keys=str(keys))
+    actor = CoordinatorActor(replace(config, service=service), model_dir, [lane := FakeLane(tokenizer)])
+    address = await actor.start()
+    lane.start()
+    try:
+        shown = ("--ca", authority.ca, "--cert", pair.cert, "--key", pair.key)
+        result = await run(address, *shown, "--api-key-file", str(key_file), stdin="Hello\n")
+        assert (result.exception, result.stdout) == (None, f"{ALPHABET}\n")
+        assert isinstance((await run(address, *shown, stdin="Hello\n")).exception, UnauthenticatedError)
+        assert isinstance((await run(address, stdin="Hello\n")).exception, UnavailableError)
+    finally:
+        await actor.stop()
+        await lane.stop()
+
+
 async def test_errors_leave_the_command(tmp_path: Path) -> None:
     nobody = await run("127.0.0.1:1", stdin="Hello\n")
     assert isinstance(nobody.exception, UnavailableError)
@@ -138,4 +167,4 @@ async def test_control_c_ends_an_answer_and_control_d_leaves(serve: Serve, token
 async def read_until(fd: int, text: str) -> None:
     seen = ""
     while text not in seen:
-        seen += (await asyncio.to_thread(os.read, fd, 1024)).decode()
+        seen += (await asyncio.to_thread(os.read, fd, 65536)).decode(errors="replace")

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist._proto.v1 import inference_pb2_grpc
-from k2dist.config.cluster import ClusterConfig, SchedulerConfig, ServiceConfig
+from k2dist.config.cluster import CacheConfig, ClusterConfig, SchedulerConfig, ServiceConfig
 from k2dist.errors import CapacityError, PeerError, RequestError, UnavailableError, UsageError
 from k2dist.ids import RequestId
 from k2dist.messages import AdmitReply, ChatMessage
@@ -115,6 +115,20 @@ async def test_each_wrong_field_is_named(serve: Serve, tokenizer: Tokenizer) -> 
             assert (info.reason, info.domain) == ("INVALID_REQUEST", "k2dist")
             assert [violation.field for violation in violations.field_violations] == [field]
     assert lane.num_steps == 0 or lane.num_pages_used == 0
+
+
+async def test_what_bounds_a_prompt_is_named(
+    serve: Serve, tokenizer: Tokenizer, config: ClusterConfig
+) -> None:
+    long = ClientRequest(prompt="a" * 2048)
+    pages = r"a lane's cache \(cache\.num_pages=64 of 16 tokens\) holds 1024"
+    async with serve(FakeLane(tokenizer)) as client:
+        with pytest.raises(RequestError, match=pages):
+            await first_event(client, long)
+    roomy = msgspec.structs.replace(config, cache=CacheConfig(page_tokens=16, num_pages=1024))
+    async with serve(FakeLane(tokenizer), changed=roomy) as client:
+        with pytest.raises(RequestError, match="the context holds 2048"):
+            await first_event(client, long)
 
 
 def unpack(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.BadRequest]:

@@ -24,25 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17k2dist/v1/control.proto\x12\tk2dist.v1\"\x14\n\x12GetTopologyRequest\"\xb7\x01\n\x13GetTopologyResponse\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.k2dist.v1.ServiceState\x12#\n\x05lanes\x18\x05 \x03(\x0b\x32\x14.k2dist.v1.LaneState\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x14\n\x0clive_outputs\x18\x07 \x01(\rJ\x04\x08\x01\x10\x02\"\x81\x01\n\tLaneState\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\"\xca\x01\n\x0bPlanRequest\x12\x0f\n\x06\x63onfig\x18\x90\x03 \x01(\t\x12\x18\n\nprompt_len\x18\x91\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\noutput_len\x18\x92\x03 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0b\x63oncurrency\x18\x93\x03 \x01(\rH\x02\x88\x01\x01\x12\x1b\n\rtarget_tpot_s\x18\x94\x03 \x01(\x01H\x03\x88\x01\x01\x42\r\n\x0b_prompt_lenB\r\n\x0b_output_lenB\x0e\n\x0c_concurrencyB\x10\n\x0e_target_tpot_s\"\x1d\n\x0cPlanResponse\x12\r\n\x04json\x18\x90\x03 \x01(\x0c*d\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x01\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x02\x32\x90\x01\n\x07\x43ontrol\x12L\n\x0bGetTopology\x12\x1d.k2dist.v1.GetTopologyRequest\x1a\x1e.k2dist.v1.GetTopologyResponse\x12\x37\n\x04Plan\x12\x16.k2dist.v1.PlanRequest\x1a\x17.k2dist.v1.PlanResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17k2dist/v1/control.proto\x12\tk2dist.v1\"\x14\n\x12GetTopologyRequest\"\xff\x01\n\x13GetTopologyResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.k2dist.v1.ClusterHeader\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.k2dist.v1.ServiceState\x12#\n\x05lanes\x18\x05 \x03(\x0b\x32\x14.k2dist.v1.LaneState\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x14\n\x0clive_outputs\x18\x07 \x01(\r\x12\"\n\x05ranks\x18\x64 \x03(\x0b\x32\x13.k2dist.v1.RankInfo\"F\n\rClusterHeader\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x04\"Q\n\x08RankInfo\x12\x12\n\nworld_rank\x18\x01 \x01(\r\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.k2dist.v1.RankState\x12\x0c\n\x04node\x18\x03 \x01(\t\"-\n\x13WatchClusterRequest\x12\x16\n\x0estart_revision\x18\x01 \x01(\x04\"z\n\x14WatchClusterResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.k2dist.v1.ClusterHeader\x12-\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x18.k2dist.v1.ClusterChangeH\x00\x88\x01\x01\x42\t\n\x07_change\"j\n\rClusterChange\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.k2dist.v1.ServiceState\x12\r\n\x05lanes\x18\x02 \x03(\r\x12\"\n\x05ranks\x18\x03 \x03(\x0b\x32\x13.k2dist.v1.RankInfo\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"9\n\rDrainResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\x12\x14\n\x0clive_outputs\x18\x02 \x01(\r\"\x81\x01\n\tLaneState\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\"\xca\x01\n\x0bPlanRequest\x12\x0f\n\x06\x63onfig\x18\x90\x03 \x01(\t\x12\x18\n\nprompt_len\x18\x91\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\noutput_len\x18\x92\x03 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0b\x63oncurrency\x18\x93\x03 \x01(\rH\x02\x88\x01\x01\x12\x1b\n\rtarget_tpot_s\x18\x94\x03 \x01(\x01H\x03\x88\x01\x01\x42\r\n\x0b_prompt_lenB\r\n\x0b_output_lenB\x0e\n\x0c_concurrencyB\x10\n\x0e_target_tpot_s\"\x1d\n\x0cPlanResponse\x12\r\n\x04json\x18\x90\x03 \x01(\x0c*\xc9\x01\n\tRankState\x12\x1a\n\x16RANK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RANK_STATE_PLACED\x10\x01\x12\x17\n\x13RANK_STATE_STARTING\x10\x02\x12\x16\n\x12RANK_STATE_LOADING\x10\x03\x12\x14\n\x10RANK_STATE_READY\x10\x04\x12\x15\n\x11RANK_STATE_JOINED\x10\x05\x12\x16\n\x12RANK_STATE_STOPPED\x10\x06\x12\x13\n\x0fRANK_STATE_DEAD\x10\x07*d\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x01\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x02\x32\x9f\x02\n\x07\x43ontrol\x12L\n\x0bGetTopology\x12\x1d.k2dist.v1.GetTopologyRequest\x1a\x1e.k2dist.v1.GetTopologyResponse\x12Q\n\x0cWatchCluster\x12\x1e.k2dist.v1.WatchClusterRequest\x1a\x1f.k2dist.v1.WatchClusterResponse0\x01\x12:\n\x05\x44rain\x12\x17.k2dist.v1.DrainRequest\x1a\x18.k2dist.v1.DrainResponse\x12\x37\n\x04Plan\x12\x16.k2dist.v1.PlanRequest\x1a\x17.k2dist.v1.PlanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'k2dist.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVICESTATE']._serialized_start=614
-  _globals['_SERVICESTATE']._serialized_end=714
+  _globals['_RANKSTATE']._serialized_start=1234
+  _globals['_RANKSTATE']._serialized_end=1435
+  _globals['_SERVICESTATE']._serialized_start=1437
+  _globals['_SERVICESTATE']._serialized_end=1537
   _globals['_GETTOPOLOGYREQUEST']._serialized_start=38
   _globals['_GETTOPOLOGYREQUEST']._serialized_end=58
   _globals['_GETTOPOLOGYRESPONSE']._serialized_start=61
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=244
-  _globals['_LANESTATE']._serialized_start=247
-  _globals['_LANESTATE']._serialized_end=376
-  _globals['_PLANREQUEST']._serialized_start=379
-  _globals['_PLANREQUEST']._serialized_end=581
-  _globals['_PLANRESPONSE']._serialized_start=583
-  _globals['_PLANRESPONSE']._serialized_end=612
-  _globals['_CONTROL']._serialized_start=717
-  _globals['_CONTROL']._serialized_end=861
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=316
+  _globals['_CLUSTERHEADER']._serialized_start=318
+  _globals['_CLUSTERHEADER']._serialized_end=388
+  _globals['_RANKINFO']._serialized_start=390
+  _globals['_RANKINFO']._serialized_end=471
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=473
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=518
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=520
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=642
+  _globals['_CLUSTERCHANGE']._serialized_start=644
+  _globals['_CLUSTERCHANGE']._serialized_end=750
+  _globals['_DRAINREQUEST']._serialized_start=752
+  _globals['_DRAINREQUEST']._serialized_end=804
+  _globals['_DRAINRESPONSE']._serialized_start=806
+  _globals['_DRAINRESPONSE']._serialized_end=863
+  _globals['_LANESTATE']._serialized_start=866
+  _globals['_LANESTATE']._serialized_end=995
+  _globals['_PLANREQUEST']._serialized_start=998
+  _globals['_PLANREQUEST']._serialized_end=1200
+  _globals['_PLANRESPONSE']._serialized_start=1202
+  _globals['_PLANRESPONSE']._serialized_end=1231
+  _globals['_CONTROL']._serialized_start=1540
+  _globals['_CONTROL']._serialized_end=1827
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,16 @@ class ControlStub:
                 request_serializer=k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
                 _registered_method=True)
+        self.WatchCluster = channel.unary_stream(
+                '/k2dist.v1.Control/WatchCluster',
+                request_serializer=k2dist_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
+                response_deserializer=k2dist_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/k2dist.v1.Control/Drain',
+                request_serializer=k2dist_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=k2dist_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Plan = channel.unary_unary(
                 '/k2dist.v1.Control/Plan',
                 request_serializer=k2dist_dot_v1_dot_control__pb2.PlanRequest.SerializeToString,
@@ -51,6 +61,23 @@ class ControlServicer:
 
     def GetTopology(self, request, context):
         """The lanes as the coordinator sees them now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCluster(self, request, context):
+        """How the cluster stands, and then every change of it as it happens, each under a revision of its own: lanes
+        lost, ranks starting and dying, generations, draining. To go on after a broken stream, start at the last
+        revision + 1. OUT_OF_RANGE (STREAM_COMPACTED): changes from there are no longer kept; start at 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no new requests, and answers once those under way have ended, or after `timeout_s`. There is no way back:
+        the cluster serves no more, and waits to be ended (`k2dist stop`). Leaving the call does not undo it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +99,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.FromString,
                     response_serializer=k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.SerializeToString,
+            ),
+            'WatchCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCluster,
+                    request_deserializer=k2dist_dot_v1_dot_control__pb2.WatchClusterRequest.FromString,
+                    response_serializer=k2dist_dot_v1_dot_control__pb2.WatchClusterResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=k2dist_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=k2dist_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
             'Plan': grpc.unary_unary_rpc_method_handler(
                     servicer.Plan,
@@ -106,6 +143,60 @@ class Control:
             '/k2dist.v1.Control/GetTopology',
             k2dist_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
             k2dist_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/k2dist.v1.Control/WatchCluster',
+            k2dist_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
+            k2dist_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/k2dist.v1.Control/Drain',
+            k2dist_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            k2dist_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

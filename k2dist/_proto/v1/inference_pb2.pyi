@@ -11,8 +11,8 @@ Zero and absence. Every scalar whose zero differs from "not given" is `optional`
 comes back in `Accepted`.
 
 Errors. Before `accepted` a request ends with a gRPC status, whose details (google.rpc.Status in the
-trailing key `grpc-status-details-bin`) hold one google.rpc.ErrorInfo with domain "k2dist" and, if a field is
-at fault, a google.rpc.BadRequest that names it. After `accepted` each output ends with exactly one
+trailing key `grpc-status-details-bin`) hold one google.rpc.ErrorInfo with domain "k2dist", if a field is at
+fault a google.rpc.BadRequest that names it, and if a retry can help a google.rpc.RetryInfo with the delay. After `accepted` each output ends with exactly one
 `finished` or `failed`, and the RPC itself ends OK (except for a reader so slow that the server forgot what it
 reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
 
@@ -20,6 +20,10 @@ reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
   INVALID_REQUEST      INVALID_ARGUMENT     no: a field is wrong, the message says how
   REQUEST_ID_IN_USE    ALREADY_EXISTS       no: the id belongs to another request
   REQUEST_UNKNOWN      NOT_FOUND            no: never accepted here, or forgotten
+  STREAM_COMPACTED     OUT_OF_RANGE         no: WatchCluster was asked for changes that are gone; begin anew
+  UNAUTHENTICATED      UNAUTHENTICATED      no: no API key, or one that is not known
+  FORBIDDEN            PERMISSION_DENIED    no: the API key is not for this
+  RATE_LIMITED         RESOURCE_EXHAUSTED   yes: the key's minute is used up; RetryInfo says when
   ABORTED              CANCELLED            no: by Abort, while it waited
   NO_CAPACITY          RESOURCE_EXHAUSTED   yes: the queue is full, or pages are
   NOT_SERVING          UNAVAILABLE          yes: starting, draining or stopped
@@ -29,6 +33,12 @@ reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
   MISCONFIGURED        FAILED_PRECONDITION  no: an operator has to act
   CHECKPOINT_INVALID   FAILED_PRECONDITION  no: an operator has to act
   INTERNAL             INTERNAL             no: a bug in k2dist
+
+Who calls. Where the server has API keys, every call but health and reflection carries one in its metadata:
+`authorization: Bearer KEY`, or `x-api-key: KEY`. A request belongs to the key that made it: for any other its
+request_id is unknown, to Resume and to Abort, and free, to Generate.
+
+Several coordinators. A request lives in one; its id says in which, and each forwards what is not its own.
 
 Compatibility. Only additions within k2dist.v1. A client must pass over events and enum values that it does
 not know. A server refuses a *request* that holds a field it does not know, because to ignore (say) a
@@ -113,9 +123,11 @@ class GenerateRequest(_message.Message):
     num_outputs: _builtins.int
     """Independent answers to the same prompt, 1 to 128. Default 1."""
     priority: _builtins.int
-    """Higher runs first; default 0."""
+    """Higher runs first; default 0. An API key bounds it."""
     tenant: _builtins.str
-    """Whose request it is, for fairness between tenants; default ""."""
+    """Whose request it is, for fairness between tenants; default "". With an API key it is the key's tenant, and
+    another one here is FORBIDDEN.
+    """
     detached: _builtins.bool
     """True: losing the stream does not end the request; Resume reads on. Default false."""
     timeout_s: _builtins.float
@@ -666,10 +678,11 @@ class GenerateEvent(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
-        """first, once"""
+        """first but for heartbeats, once"""
 
     @_builtins.property
     def delta(self) -> Global___Delta: ...
@@ -682,6 +695,10 @@ class GenerateEvent(_message.Message):
         """the last of its output"""
 
     @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """whenever nothing else came for some seconds; before `accepted` too"""
+
+    @_builtins.property
     def prompt_logprobs(self) -> Global___PromptLogprobs:
         """if asked for; before all deltas of output 0"""
 
@@ -692,17 +709,35 @@ class GenerateEvent(_message.Message):
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
         failed: Global___Failed | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
         prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "delta", b"delta", "event", b"event", "failed", b"failed", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "delta", b"delta", "event", b"event", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "delta", b"delta", "event", b"event", "failed", b"failed", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "delta", b"delta", "event", b"event", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "delta", "finished", "failed", "prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "delta", "finished", "failed", "heartbeat", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateEvent: _TypeAlias = GenerateEvent  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """The request waits or is computed; there is nothing to say. A stream that is silent for longer has been lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):

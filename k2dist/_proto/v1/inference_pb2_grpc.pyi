@@ -11,8 +11,8 @@ Zero and absence. Every scalar whose zero differs from "not given" is `optional`
 comes back in `Accepted`.
 
 Errors. Before `accepted` a request ends with a gRPC status, whose details (google.rpc.Status in the
-trailing key `grpc-status-details-bin`) hold one google.rpc.ErrorInfo with domain "k2dist" and, if a field is
-at fault, a google.rpc.BadRequest that names it. After `accepted` each output ends with exactly one
+trailing key `grpc-status-details-bin`) hold one google.rpc.ErrorInfo with domain "k2dist", if a field is at
+fault a google.rpc.BadRequest that names it, and if a retry can help a google.rpc.RetryInfo with the delay. After `accepted` each output ends with exactly one
 `finished` or `failed`, and the RPC itself ends OK (except for a reader so slow that the server forgot what it
 reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
 
@@ -20,6 +20,10 @@ reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
   INVALID_REQUEST      INVALID_ARGUMENT     no: a field is wrong, the message says how
   REQUEST_ID_IN_USE    ALREADY_EXISTS       no: the id belongs to another request
   REQUEST_UNKNOWN      NOT_FOUND            no: never accepted here, or forgotten
+  STREAM_COMPACTED     OUT_OF_RANGE         no: WatchCluster was asked for changes that are gone; begin anew
+  UNAUTHENTICATED      UNAUTHENTICATED      no: no API key, or one that is not known
+  FORBIDDEN            PERMISSION_DENIED    no: the API key is not for this
+  RATE_LIMITED         RESOURCE_EXHAUSTED   yes: the key's minute is used up; RetryInfo says when
   ABORTED              CANCELLED            no: by Abort, while it waited
   NO_CAPACITY          RESOURCE_EXHAUSTED   yes: the queue is full, or pages are
   NOT_SERVING          UNAVAILABLE          yes: starting, draining or stopped
@@ -29,6 +33,12 @@ reads: REQUEST_UNKNOWN). Reasons, in ErrorInfo.reason and Error.reason:
   MISCONFIGURED        FAILED_PRECONDITION  no: an operator has to act
   CHECKPOINT_INVALID   FAILED_PRECONDITION  no: an operator has to act
   INTERNAL             INTERNAL             no: a bug in k2dist
+
+Who calls. Where the server has API keys, every call but health and reflection carries one in its metadata:
+`authorization: Bearer KEY`, or `x-api-key: KEY`. A request belongs to the key that made it: for any other its
+request_id is unknown, to Resume and to Abort, and free, to Generate.
+
+Several coordinators. A request lives in one; its id says in which, and each forwards what is not its own.
 
 Compatibility. Only additions within k2dist.v1. A client must pass over events and enum values that it does
 not know. A server refuses a *request* that holds a field it does not know, because to ignore (say) a

@@ -38,9 +38,12 @@ _FILES = {
 }
 
 
+PAGE_PATHS = {"/" if name == "index.html" else f"/page/{name}": name for name in _FILES}
+
+
 def add_page(app: FastAPI) -> None:
-    for name, media_type in _FILES.items():
-        _add_file(app, "/" if name == "index.html" else f"/page/{name}", name, media_type)
+    for path, name in PAGE_PATHS.items():
+        _add_file(app, path, name, _FILES[name])
 
 
 def _add_file(app: FastAPI, path: str, name: str, media_type: str) -> None:
