@@ -84,11 +84,9 @@ class Exchange(Response):
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 answering.result()
-                self._call.clock.end("success")
-            else:
-                self._call.clock.end("abort")
+            self._call.clock.end("abort")  # unless it was answered whole
         finally:
-            self._call.clock.end("error")  # unless it has ended well
+            self._call.clock.end("error")  # a bug, unless it has ended in another way
             answering.cancel()
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
@@ -101,11 +99,13 @@ class Exchange(Response):
                 first = await anext(events)
                 if not call.is_streamed:
                     await _send_json(send, 200, await self._gather(first, events))
+                    call.clock.end("success")  # here: a client that has all of it may leave at once
                     return
                 is_begun = True
                 await _send_start(send, 200, b"text/event-stream", ((b"cache-control", b"no-store"),))
                 await self._stream(first, events, send)
                 await send({"type": "http.response.body", "body": call.end_of_stream()})
+                call.clock.end("success")
         except K2Error as error:
             call.clock.end("error")
             reply = call.refusal(error)

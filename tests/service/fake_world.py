@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from k2dist.cluster.status import ClusterStatus
 from k2dist.errors import PeerError
 from k2dist.messages import CollectiveStats, GroupStats, RankStats
 from k2dist.observe import RecoveryFacts, WorldState, view_rank
@@ -37,12 +40,19 @@ def rank_stats(world_rank: int, *, num_begun: int = 8, waiting_s: float = 0.0) -
 
 
 class FakeWorld:
-    """Two ranks of one lane. `late`: the other has waited so many seconds for rank 1."""
+    """A supervisor of two ranks of one lane, of which nothing changes.
+
+    `late_s`: the other has waited so many seconds for rank 1.
+    """
 
     def __init__(self) -> None:
         self.late_s = 0.0
         self.states = ["joined", "joined"]
         self.is_gone = False
+
+    async def wait(self, revision: int) -> ClusterStatus:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
 
     async def look(self, timeout_s: float) -> WorldState:
         if self.is_gone:

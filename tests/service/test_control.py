@@ -13,6 +13,7 @@ from k2dist.config.cluster import ClusterConfig
 from k2dist.coordinator.cluster_feed import CompactedError
 from k2dist.errors import PeerError, RequestError
 from k2dist.ids import Generation, WorldRank
+from k2dist.observe import WorldState
 from k2dist.service import control_servicer
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
@@ -51,6 +52,9 @@ class FakeSupervisor:
         async with self._changed:
             await self._changed.wait_for(lambda: self._status.revision > revision)
         return self._status
+
+    async def look(self, timeout_s: float) -> WorldState:
+        raise PeerError("it is only watched here")
 
 
 async def test_every_change_is_told_once_and_in_order(
