@@ -45,6 +45,7 @@ from k2dist.model import decoder
 from k2dist.model.batch import Batch
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.sampler import RowSampling, VocabularySlice
+from k2dist.model.transfer import both
 from k2dist.model.weights import Weights
 
 
@@ -196,12 +197,13 @@ class Steps:
     ) -> tuple[Outcome, dict[RequestId, str]]:
         """What the plan wants of the last hidden rows; the same on all tp ranks. Collective over the lane."""
         model = self._model
-        x_SD, faults = self._guard.check(hidden_SD.result(), owner_S)
+        x_SD, judged = self._guard.check(hidden_SD.result(), owner_S)
         if self._lane is None or model.weights.lane is None:
-            return Outcome.nothing(), faults
+            return Outcome.nothing(), judged.read()
         readout = Readout(
             head=partial(decoder.head, weights=model.weights.lane, kernels=model.kernels),
             vocabulary=VocabularySlice.of(self._lane, model.architecture.vocab_size),
             end_token_ids=model.end_token_ids,
         )
-        return readout.read(x_SD, samplings, scores), faults
+        faults, outcome = both(judged, readout.launch(x_SD, samplings, scores)).read()
+        return outcome, faults

@@ -6,7 +6,7 @@
     rows that sample ─ norm, gather ─ head ─> logits of this rank's slice of the vocabulary
 
 `hidden`, then `head` on as many of its rows at a time as memory allows; `forward` is both, with the slices
-gathered: whole rows of logits on every tp rank. `pieces` is `hidden`, which stops at every MoE layer's experts.
+gathered: whole rows of logits on every tp rank. `pieces` is `hidden`, stopping before the experts.
 
 A rank without rows (no lane, or an idle one) takes part in every MoE layer's exchange and in nothing else.
 
