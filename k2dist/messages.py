@@ -281,3 +281,5 @@ class RankStats(Message, frozen=True, kw_only=True):
     masks_s_total: float  # making them, part of host_s_total
     num_masks_late: int  # steps whose forward pass was done before their masks were
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
+    num_steps_replayed: int = 0  # from graphs; all others ran eagerly
+    num_recorded: int = 0  # graphs, one for each size of a step

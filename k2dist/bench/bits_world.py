@@ -30,7 +30,7 @@ from k2dist.comm import (
     join_store,
 )
 from k2dist.config import read_architecture
-from k2dist.engine.sequences import even_shares
+from k2dist.engine.shares import even_shares
 from k2dist.ids import Generation
 from k2dist.model import decoder
 from k2dist.model.batch import Batch, PromptSegment

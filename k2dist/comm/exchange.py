@@ -162,7 +162,7 @@ class Exchange:
     def stay(
         self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor, is_row_T: Tensor | None = None
     ) -> tuple[Dispatched, Ticket]:
-        """`dispatch` of a world of one: the same pairs in the same order; nothing moves, nothing is read back.
+        """`dispatch` of a world of one: the same pairs in the same order. Nothing moves or is read back.
 
         Rows that are none (bool `is_row_T`; None: all are) get no outputs.
 

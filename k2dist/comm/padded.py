@@ -96,6 +96,10 @@ class PaddedExchange:
         self._is_row_T: Tensor | None = None
         self._rank_R11 = torch.arange(exact.comm.size, device=exact.device)[:, None, None]
 
+    @property
+    def can_overflow(self) -> bool:
+        return self._capacity is not None
+
     def begin(self, is_row_T: Tensor | None = None) -> None:
         """A step begins. `is_row_T`: bool, of this rank's rows those that are any; None: all."""
         self._has_overflowed.zero_()

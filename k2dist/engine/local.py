@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from k2dist.comm import Alone, Communicator, thread_group
 from k2dist.config import read_architecture
@@ -47,6 +47,10 @@ class LocalWorld:
         kernels: str = "auto",
         dtype: str = "bfloat16",
         capacity_factor: float | None = None,
+        device: str = "cpu",
+        experts_device: Literal["auto", "cpu"] = "auto",
+        graphs: Literal["auto", "off", "twin"] = "auto",
+        split_rows: int | None = None,
         step_deadline_s: float = 60.0,
         retain_s: float = 60.0,
     ) -> None:
@@ -67,6 +71,10 @@ class LocalWorld:
                 dtype=dtype,
                 capacity_factor=capacity_factor,
                 retain_s=retain_s,
+                device=device,
+                experts_device=experts_device,
+                graphs=graphs,
+                split_rows=split_rows,
             )
 
         self.ranks = [RankRuntime(spec(w)) for w in range(self.layout.world_size)]

@@ -19,32 +19,35 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import torch
 
 from k2dist.cache import PagePool
-from k2dist.checkpoint import load_shard
 from k2dist.comm import CapacityRule, Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
+from k2dist.engine.form import FormRule
+from k2dist.engine.forward import ForwardPass, Model
+from k2dist.engine.graphs import CudaRecorder, Recorder, TwinRecorder
 from k2dist.engine.guard import RowGuard
-from k2dist.engine.kernels import select_kernels
+from k2dist.engine.kernels import select_kernels, with_cpu_experts
 from k2dist.engine.lane import LanePort
+from k2dist.engine.load import CPU, Places, load_weights
 from k2dist.engine.load_progress import LoadProgress, Tell
 from k2dist.engine.masks import Masks
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
-from k2dist.engine.steps import Model, Step, Steps
+from k2dist.engine.static_batch import spare_places
+from k2dist.engine.steps import Step, Steps
 from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, expert_homes, shard_plan
 from k2dist.scheduler import Limits, PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
@@ -67,6 +70,13 @@ class RankSpec(Message, frozen=True, kw_only=True):
     # Of the exchange in steps without prompts (config.cluster.ExchangeConfig); None: exact in all.
     capacity_factor: float | None = None
     retain_s: float = 60.0  # how long a lane remembers a request after its end
+    device: str = "cpu"  # of weights, cache and steps; "cuda": this process's first
+    experts_device: Literal["auto", "cpu"] = "auto"  # of experts' weights; auto: with the rest
+    # Steps of generated rows alone are recorded as CUDA graphs and replayed; twin: as on a device, on any.
+    graphs: Literal["auto", "off", "twin"] = "auto"
+    # Rows of a step from which it is computed in two halves, one's exchange behind the other's attention
+    # (where exchanges are exact). None: never.
+    split_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,8 @@ class _Membership:
     comms: RankComms
     bells: Bells
     exchange: Exchange
+    passes: ForwardPass
+    can_replay: bool
 
 
 class RankRuntime:
@@ -116,7 +128,12 @@ class RankRuntime:
         self._spec = spec
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
-        self._kernels = select_kernels(spec.kernels, spec.dtype)
+        self.device = torch.device(spec.device)
+        self._places = Places(self.device, CPU if spec.experts_device == "cpu" else self.device)
+        self._kernels = select_kernels(spec.kernels, spec.dtype, self.device)
+        if spec.experts_device == "cpu":
+            self._kernels = with_cpu_experts(self._kernels, spec.dtype)
+        self._rule = self._form_rule()
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
@@ -130,17 +147,12 @@ class RankRuntime:
         self._is_stopping = threading.Event()
         self._model: Model | None = None
         self._member: _Membership | None = None
-        self._device = DeviceThread(f"device-{spec.world_rank}")
+        self._thread = DeviceThread(f"device-{spec.world_rank}")
         self._num_steps = 0
         self._num_tokens = 0
         self._step_s_total = 0.0
         self._host_s_total = 0.0
         self._num_late = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where its rows are, and so what its groups must carry. Weights are loaded to the CPU so far."""
-        return torch.device("cpu")
 
     # -- from any thread -------------------------------------------------------------------------------
 
@@ -160,13 +172,14 @@ class RankRuntime:
 
     def stats(self) -> RankStats:
         exchange = None if self._member is None else self._member.exchange
+        passes = None if self._member is None else self._member.passes
         return RankStats(
             world_rank=self._spec.world_rank,
             num_steps=self._num_steps,
             num_tokens_sampled=self._num_tokens,
             step_s_total=self._step_s_total,
             host_s_total=self._host_s_total,
-            device_s_total=self._device.busy_s,
+            device_s_total=self._thread.busy_s,
             num_rows_sent=0 if exchange is None else exchange.num_rows_sent,
             num_bytes_sent=0 if exchange is None else exchange.num_bytes_sent,
             num_steps_padded=0 if exchange is None else exchange.num_steps_padded,
@@ -175,6 +188,8 @@ class RankRuntime:
             masks_s_total=self._masks.made_s_total,
             num_masks_late=self._num_late,
             expert_load=() if exchange is None else exchange.expert_load(),
+            num_steps_replayed=0 if passes is None else passes.num_steps_replayed,
+            num_recorded=0 if passes is None else passes.num_recorded,
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------
@@ -187,16 +202,23 @@ class RankRuntime:
         started_s = time.monotonic()
         plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
         progress = LoadProgress(plan.num_bytes, tell)
-        tensors = load_shard(Path(self._spec.model_dir), plan, progress.loaded)
-        num_tensors, num_bytes = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
-        weights = assemble(tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels)
-        cache = None
-        if self._place.lane is not None:
-            cache = LatentCache.allocate(
-                self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
-            )
+        weights = load_weights(
+            Path(self._spec.model_dir),
+            plan,
+            self._architecture,
+            self._spec.layout,
+            self._kernels,
+            self._places,
+            progress.loaded,
+        )
         self._model = Model(
-            weights, cache, self._architecture, self._kernels, self._spec.layout.tp, self._end_token_ids
+            weights,
+            self._allocate_cache(),
+            self._architecture,
+            self._kernels,
+            self._spec.layout.tp,
+            self._end_token_ids,
+            self.device,
         )
         load_s = time.monotonic() - started_s
         report = self_test(
@@ -207,17 +229,27 @@ class RankRuntime:
             weights,
             self._kernels,
             page_tokens=self._spec.page_tokens,
+            places=self._places,
             progress=progress.tested,
         )
-        return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=load_s, self_test=report)
+        return LoadReport(
+            num_tensors=len(plan.reads), num_bytes=plan.num_bytes, load_s=load_s, self_test=report
+        )
 
     def join(self, comms: RankComms, bells: Bells, generation: Generation) -> None:
-        """Become a member of `generation`, whose groups are `comms`. Not while `run` runs."""
+        """Become a member of `generation`, whose groups are `comms`. Not while `run` runs.
+
+        What was recorded holds the last generation's groups, and goes with them.
+        """
+        assert self._model is not None, "join before load"
         num_layers = self._architecture.num_moe_layers
         homes = [
             expert_homes(self._spec.layout, layer, self._place.world_rank) for layer in range(num_layers)
         ]
-        self._member = _Membership(generation, comms, bells, Exchange(comms.world, homes))
+        exchange = Exchange(comms.world, homes, self.device)
+        recorder = self._recorder(comms, self._model.cache)
+        passes = ForwardPass(self._model, comms.lane, exchange, recorder)
+        self._member = _Membership(generation, comms, bells, exchange, passes, recorder is not None)
 
     def run(self) -> None:
         """Step until stopped. A failure ends the port's requests with its reason and is raised."""
@@ -225,15 +257,16 @@ class RankRuntime:
         assert self._member is not None, "run before join"
         member = self._member
         try:
-            with self._device:
+            with self._thread:
                 steps = Steps(
                     self._model,
                     self._sequences,
                     self._guard,
                     member.comms.lane,
                     member.exchange,
-                    self._padding(),
-                    self._device,
+                    self._rule,
+                    member.passes,
+                    self._thread,
                 )
                 try:
                     self._run(member, steps)
@@ -270,9 +303,48 @@ class RankRuntime:
                     member.bells.ring_all(epoch)
                 epoch += 1
 
-    def _padding(self) -> CapacityRule | None:
-        factor = self._spec.capacity_factor
-        return None if factor is None else CapacityRule.of(self._architecture, self._spec.layout, factor)
+    def _form_rule(self) -> FormRule:
+        spec, factor = self._spec, self._spec.capacity_factor
+        return FormRule.of(
+            tp=spec.layout.tp,
+            world_size=spec.layout.world_size,
+            padding=None if factor is None else CapacityRule.of(self._architecture, spec.layout, factor),
+            most_rows=spec.limits.max_running,
+            most_pages=min(spec.num_pages, -(-self._architecture.max_positions // spec.page_tokens)),
+            split_rows=spec.split_rows,
+        )
+
+    @property
+    def _may_record(self) -> bool:
+        is_wanted = self._spec.graphs == "twin" or (
+            self._spec.graphs == "auto" and self.device.type == "cuda"
+        )
+        return is_wanted and self._rule.can_record
+
+    def _recorder(self, comms: RankComms, cache: LatentCache | None) -> Recorder | None:
+        """None: this rank's groups are not of a sort that a graph can hold, or nobody wants one."""
+        if not self._may_record:
+            return None
+        if self._spec.graphs == "twin":
+            return TwinRecorder(lambda: None if cache is None else cache.spoil_spare())
+        if comms.lane is not None and not comms.lane.is_on_stream:
+            return None
+        are_calls_outside = self._spec.experts_device == "cpu" or not comms.world.is_on_stream
+        return CudaRecorder(calls_outside=are_calls_outside)
+
+    def _allocate_cache(self) -> LatentCache | None:
+        if self._place.lane is None:
+            return None
+        spec = self._spec
+        num_spare = spare_places(spec.limits.max_running) if self._may_record else 0
+        return LatentCache.allocate(
+            self._architecture,
+            spec.num_pages,
+            spec.page_tokens,
+            self._kernels,
+            self.device,
+            num_spare=num_spare,
+        )
 
     def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
         """What this rank says of the step that its lane has planned."""
@@ -285,6 +357,8 @@ class RankRuntime:
             is_stopping=self._is_stopping.is_set(),
             has_prompts=True in are_prompts,
             has_decodes=False in are_prompts,
+            num_pages=self._sequences.num_pages(plan),
+            can_replay=member.can_replay,
         )
 
     def _finish(self, steps: Steps, step: Step) -> float:

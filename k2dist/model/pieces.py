@@ -11,12 +11,12 @@ bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Executor, Future
 from typing import TypeAlias
 
 from torch import Tensor
 
 Call: TypeAlias = Callable[[], Tensor]
+Waiting: TypeAlias = Callable[[], Tensor]  # returns when it is there
 Pieces: TypeAlias = Generator[Call, Tensor, Tensor]
 
 
@@ -31,32 +31,33 @@ def in_line(pieces: Pieces) -> Tensor:
         return result
 
 
-def side_by_side(works: Sequence[Pieces], aside: Executor) -> list[Tensor]:
-    """What each of the works gives. Calls are made in `aside`, which has one thread, in the order in which
-    the works come to them: one after the other, round and round, on every rank alike.
+def side_by_side(works: Sequence[Pieces], begin: Callable[[Call], Waiting]) -> list[Tensor]:
+    """What each of the works gives. `begin` starts a call aside, and what it returns waits for it.
+
+    Calls begin in one order on every rank: one of each work in turn, round and round.
     """
     results: dict[int, Tensor] = {}
-    waiting: dict[int, Future[Tensor]] = {}
+    waiting: dict[int, Waiting] = {}
     for number, work in enumerate(works):
-        _go_on(number, work, None, waiting, results, aside)
+        _go_on(number, work, None, waiting, results, begin)
     while waiting:
         for number in list(waiting):
-            _go_on(number, works[number], waiting.pop(number), waiting, results, aside)
+            _go_on(number, works[number], waiting.pop(number), waiting, results, begin)
     return [results[number] for number in range(len(works))]
 
 
 def _go_on(
     number: int,
     work: Pieces,
-    called: Future[Tensor] | None,
-    waiting: dict[int, Future[Tensor]],
+    wait: Waiting | None,
+    waiting: dict[int, Waiting],
     results: dict[int, Tensor],
-    aside: Executor,
+    begin: Callable[[Call], Waiting],
 ) -> None:
     """From the end of its last call to the next one, or to its result."""
     try:
-        call = next(work) if called is None else work.send(called.result())
+        call = next(work) if wait is None else work.send(wait())
     except StopIteration as end:
         results[number] = end.value
     else:
-        waiting[number] = aside.submit(call)
+        waiting[number] = begin(call)

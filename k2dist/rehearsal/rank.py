@@ -19,7 +19,8 @@ from k2dist.checkpoint import RandomShard
 from k2dist.comm import RehearsalCommunicator, RehearsalWorld
 from k2dist.config import Architecture
 from k2dist.engine.readout import Readout
-from k2dist.engine.sequences import Sequences, even_shares
+from k2dist.engine.sequences import Sequences
+from k2dist.engine.shares import even_shares
 from k2dist.messages import StepPlan
 from k2dist.model import decoder
 from k2dist.model.latent_cache import LatentCache

@@ -7,18 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
-from k2dist.comm import Capacity, StepAgreement
+from k2dist.comm import StepAgreement
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.forward import ForwardPass, Hidden, StagedBatch
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import Generated
 from k2dist.engine.steps import Step, Steps
 from k2dist.ids import Generation, RequestId
 from k2dist.messages import Request, Sampling, StepPlan
-from k2dist.model.batch import Batch
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
 
@@ -77,30 +76,30 @@ def test_a_step_is_planned_and_agreed_on_while_the_one_before_computes(
 ) -> None:
     """Rank 0's device stands still in a step until all ranks have launched the next one."""
     world = open_world(tiny_model_dir, lanes, tp)
-    hidden, forward = Steps._hidden, Steps.forward
-    held, num_held, num_forwards = world.ranks[0]._device, 0, 0
+    run, forward = ForwardPass.run, Steps.forward
+    num_held, num_forwards = 0, 0
     launches: dict[int, int] = {}  # by step
     is_next_launched = threading.Event()
 
-    def hold(steps: Steps, batch: Batch, capacity: Capacity | None) -> Tensor:
+    def hold(passes: ForwardPass, staged: StagedBatch) -> Hidden:
         nonlocal num_held
-        if steps._device is held:
+        if passes._model is world.ranks[0]._model:
             num_held += 1
             if num_held == 4:
                 assert is_next_launched.wait(20), "nobody planned the next step meanwhile"
-        return hidden(steps, batch, capacity)
+        return run(passes, staged)
 
     def note(steps: Steps, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         nonlocal num_forwards
         launched = forward(steps, plan, before, agreed)
-        if steps._device is held:
+        if steps._model is world.ranks[0]._model:
             num_forwards += 1
         launches[plan.step] = launches.get(plan.step, 0) + 1
         if num_forwards == 5 and launches[plan.step] == world.layout.world_size:
             is_next_launched.set()
         return launched
 
-    monkeypatch.setattr(Steps, "_hidden", hold)
+    monkeypatch.setattr(ForwardPass, "run", hold)
     monkeypatch.setattr(Steps, "forward", note)
     with world:
         world.generate(PROMPTS, DRAWN)

@@ -16,7 +16,8 @@ from torch import Tensor
 from k2dist.checkpoint import RandomShard
 from k2dist.comm import Alone, Communicator, Exchange, thread_group, thread_world
 from k2dist.config import Architecture
-from k2dist.engine.sequences import Sequences, even_shares
+from k2dist.engine.sequences import Sequences
+from k2dist.engine.shares import even_shares
 from k2dist.ids import LaneId
 from k2dist.model import decoder
 from k2dist.model.weights import Weights, assemble
