@@ -69,6 +69,9 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
     # that does not fit is computed twice. None: exact, at one more exchange in each layer. On a CPU over gloo
     # the two take equally long; what has to be captured as a graph needs a capacity, and 1.25 is a start.
     capacity_factor: Annotated[float, Meta(ge=1)] | None = None
+    # Rows of a step from which it is computed in two halves where exchanges are exact, one's exchange behind
+    # the other's attention. Less: more is hidden, and weights are read twice more often. None: never.
+    split_rows: Count | None = None
 
 
 class RanksConfig(Message, frozen=True, kw_only=True):
@@ -76,6 +79,11 @@ class RanksConfig(Message, frozen=True, kw_only=True):
 
     rank_cpus: Annotated[float, Meta(gt=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
     rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
+    # cpu: experts' weights stay in the machine's memory and are computed there, all else on the GPU: a model
+    # that the GPUs do not hold, at the speed of that memory. auto: with all else.
+    experts_device: Literal["auto", "cpu"] = "auto"
+    # Of generated rows alone on GPUs: auto: recorded and replayed. off: to look for a fault without them.
+    graphs: Literal["auto", "off"] = "auto"
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
     # pack: as few nodes as hold them; spread: over many; strict_*: so or not at all.
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
@@ -190,6 +198,11 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
                 f"service.{name}={address!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
                 f"{'127.0.0.1:50051' if name == 'grpc' else '127.0.0.1:8000'}"
             )
+    if config.exchange.split_rows is not None and config.ranks.rank_gpus > 0 and config.parallel.tp > 1:
+        yield (
+            f"exchange.split_rows={config.exchange.split_rows}: on GPUs a lane's group and that of all ranks "
+            f"would work at once, and two NCCL groups may wait for each other; use parallel.tp=1, or null"
+        )
     world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
     if num_nodes is not None and world_size % num_nodes:
         yield (
