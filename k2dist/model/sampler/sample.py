@@ -54,9 +54,9 @@ def launch_sample(
     scored = launch_score(take(logits_Sv, asked), take(token_S, asked), list(num_top.values()), vocabulary)
 
     def then(found: tuple[tuple[list[int], list[bool]], list[TokenLogprob]]) -> Sampled:
-        (token_ids, are_sure), first_logprobs = found
+        (token_ids, are_unsure), first_logprobs = found
         logprobs = dict(zip(asked, first_logprobs, strict=True))
-        unsure = [index for index, is_sure in enumerate(are_sure) if not is_sure]
+        unsure = [index for index, is_unsure in enumerate(are_unsure) if is_unsure]
         if unsure:
             some = [rows[index] for index in unsure]
             again = choose_filtered(take(adjusted_Sv, unsure), some, vocabulary, few=FEW * GROWTH)
@@ -91,7 +91,8 @@ def _first_choice(
 
 
 def _choice(token_S: Tensor, is_sure_S: Tensor) -> Unread[tuple[list[int], list[bool]]]:
-    return Unread((token_S, is_sure_S), lambda values: (values[0].tolist(), values[1].bool().tolist()))
+    """The tokens, and which of them are not sure."""
+    return Unread((token_S, ~is_sure_S), lambda values: (values[0].tolist(), values[1].bool().tolist()))
 
 
 def _logprobs_again(
