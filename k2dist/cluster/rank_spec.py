@@ -32,5 +32,5 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
         device="cuda" if config.ranks.rank_gpus > 0 else "cpu",
         experts_device=config.ranks.experts_device,
         graphs=config.ranks.graphs,
-        split_rows=config.exchange.split_rows,
+        split_tokens=config.exchange.split_tokens,
     )

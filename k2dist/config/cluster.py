@@ -71,7 +71,7 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
     capacity_factor: Annotated[float, Meta(ge=1)] | None = None
     # Rows of a step from which it is computed in two halves where exchanges are exact, one's exchange behind
     # the other's attention. Less: more is hidden, and weights are read twice more often. None: never.
-    split_rows: Count | None = None
+    split_tokens: Count | None = None
 
 
 class RanksConfig(Message, frozen=True, kw_only=True):
@@ -198,10 +198,10 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
                 f"service.{name}={address!r}: use host:port with a port from 0 to {MAX_PORT}, such as "
                 f"{'127.0.0.1:50051' if name == 'grpc' else '127.0.0.1:8000'}"
             )
-    if config.exchange.split_rows is not None and config.ranks.rank_gpus > 0 and config.parallel.tp > 1:
+    if config.exchange.split_tokens is not None and config.ranks.rank_gpus > 0 and config.parallel.tp > 1:
         yield (
-            f"exchange.split_rows={config.exchange.split_rows}: on GPUs a lane's group and that of all ranks "
-            f"would work at once, and two NCCL groups may wait for each other; use parallel.tp=1, or null"
+            f"exchange.split_tokens={config.exchange.split_tokens}: on GPUs a lane's group and the "
+            f"world's would work at once, and two NCCL groups may wait for each other; use tp=1, or null"
         )
     world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
     if num_nodes is not None and world_size % num_nodes:

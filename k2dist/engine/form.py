@@ -40,7 +40,7 @@ class Form:
 class FormRule:
     """`buckets`: rows and pages to choose from, ascending. `padding`: of steps without prompts.
 
-    `split_rows`: rows of a step from which it is taken in two parts; None: never.
+    `split_tokens`: rows of a step from which it is taken in two parts; None: never.
     """
 
     tp: int
@@ -48,7 +48,7 @@ class FormRule:
     padding: CapacityRule | None
     row_buckets: tuple[int, ...]
     page_buckets: tuple[int, ...]
-    split_rows: int | None = None
+    split_tokens: int | None = None
 
     @classmethod
     def of(
@@ -59,7 +59,7 @@ class FormRule:
         padding: CapacityRule | None,
         most_rows: int,
         most_pages: int,
-        split_rows: int | None,
+        split_tokens: int | None,
     ) -> FormRule:
         """`most_rows`, `most_pages`: of the largest step of generated rows that should be replayed."""
         pages = [_FEWEST_PAGES]
@@ -67,7 +67,12 @@ class FormRule:
             pages.append(pages[-1] * _PAGES_GROWTH)
         rows = tuple(size for size in _ROWS if size < most_rows)
         return cls(
-            tp, world_size, padding, (*rows, most_rows), (*pages[:-1], min(pages[-1], most_pages)), split_rows
+            tp,
+            world_size,
+            padding,
+            (*rows, most_rows),
+            (*pages[:-1], min(pages[-1], most_pages)),
+            split_tokens,
         )
 
     @property
@@ -87,7 +92,7 @@ class FormRule:
 
     def _exact(self, agreed: StepAgreement) -> Form:
         """In parts where there is enough for two."""
-        is_split = self.split_rows is not None and agreed.num_rows >= self.split_rows
+        is_split = self.split_tokens is not None and agreed.num_rows >= self.split_tokens
         return Form(num_parts=2 if is_split else 1)
 
     def _capacity(self, num_rows: int) -> Capacity | None:

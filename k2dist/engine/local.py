@@ -50,7 +50,7 @@ class LocalWorld:
         device: str = "cpu",
         experts_device: Literal["auto", "cpu"] = "auto",
         graphs: Literal["auto", "off", "twin"] = "auto",
-        split_rows: int | None = None,
+        split_tokens: int | None = None,
         step_deadline_s: float = 60.0,
         retain_s: float = 60.0,
     ) -> None:
@@ -74,7 +74,7 @@ class LocalWorld:
                 device=device,
                 experts_device=experts_device,
                 graphs=graphs,
-                split_rows=split_rows,
+                split_tokens=split_tokens,
             )
 
         self.ranks = [RankRuntime(spec(w)) for w in range(self.layout.world_size)]

@@ -76,7 +76,7 @@ class RankSpec(Message, frozen=True, kw_only=True):
     graphs: Literal["auto", "off", "twin"] = "auto"
     # Rows of a step from which it is computed in two halves, one's exchange behind the other's attention
     # (where exchanges are exact). None: never.
-    split_rows: int | None = None
+    split_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +311,7 @@ class RankRuntime:
             padding=None if factor is None else CapacityRule.of(self._architecture, spec.layout, factor),
             most_rows=spec.limits.max_running,
             most_pages=min(spec.num_pages, -(-self._architecture.max_positions // spec.page_tokens)),
-            split_rows=spec.split_rows,
+            split_tokens=spec.split_tokens,
         )
 
     @property

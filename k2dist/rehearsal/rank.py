@@ -180,9 +180,10 @@ def made_up_cache(
     kernels: KernelSet,
     shard: RandomShard,
     device: torch.device,
+    num_spare: int = 0,
 ) -> LatentCache:
     """Every place written, as after as many tokens."""
-    cache = LatentCache.allocate(architecture, num_pages, page_tokens, kernels, device)
+    cache = LatentCache.allocate(architecture, num_pages, page_tokens, kernels, device, num_spare=num_spare)
     for number, layer_CD in enumerate(cache.layers):
         layer_CD.copy_(shard.normal(f"cache.{number}", tuple(layer_CD.shape), layer_CD.dtype))
     return cache

@@ -33,7 +33,7 @@ def rule(
     tp: int = 1,
     world_size: int = 16,
     padding: CapacityRule | None = PADDING,
-    split_rows: int | None = None,
+    split_tokens: int | None = None,
 ) -> FormRule:
     return FormRule.of(
         tp=tp,
@@ -41,7 +41,7 @@ def rule(
         padding=padding,
         most_rows=200,
         most_pages=2048,
-        split_rows=split_rows,
+        split_tokens=split_tokens,
     )
 
 
@@ -49,7 +49,7 @@ def test_buckets_reach_from_one_row_to_the_most() -> None:
     found = rule()
     assert found.row_buckets == (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200)
     assert found.page_buckets == (16, 64, 256, 1024, 2048)
-    short = FormRule.of(tp=1, world_size=1, padding=None, most_rows=1, most_pages=3, split_rows=None)
+    short = FormRule.of(tp=1, world_size=1, padding=None, most_rows=1, most_pages=3, split_tokens=None)
     assert (short.row_buckets, short.page_buckets) == ((1,), (3,))
 
 
@@ -68,10 +68,10 @@ def test_what_cannot_be_recorded_is_eager() -> None:
 
 
 def test_only_exact_steps_with_enough_rows_are_split() -> None:
-    assert rule(split_rows=64).form(agreed(64, prompts=True)) == Form(num_parts=2)
-    assert rule(split_rows=64).form(agreed(63, prompts=True)) == Form()
-    assert rule(split_rows=64, padding=None).form(agreed(64)) == Form(num_parts=2)
-    assert rule(split_rows=64).form(agreed(64)).num_parts == 1
+    assert rule(split_tokens=64).form(agreed(64, prompts=True)) == Form(num_parts=2)
+    assert rule(split_tokens=64).form(agreed(63, prompts=True)) == Form()
+    assert rule(split_tokens=64, padding=None).form(agreed(64)) == Form(num_parts=2)
+    assert rule(split_tokens=64).form(agreed(64)).num_parts == 1
 
 
 @given(

@@ -146,7 +146,7 @@ def test_a_steady_state_asks_the_device_for_no_memory() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_k2s_own_widths_are_right_to_float64(dtype: torch.dtype) -> None:
-    """A dense and an MoE layer of Kimi-K2 with the experts of one rank of sixteen, half layer by half layer."""
+    """A dense and an MoE layer of K2 with the experts of one rank of sixteen, half layer by half layer."""
     whole = find_architecture(KIMI_K2)
     sixteen = first_layout(whole, lanes=16, tp=1)
     few, layout = first_layers(whole, sixteen, whole.first_dense_layers + 1)
@@ -171,6 +171,6 @@ def test_k2s_own_widths_are_right_to_float64(dtype: torch.dtype) -> None:
 def test_a_split_prompt_has_the_bits_of_a_whole_one() -> None:
     """Halves side by side, on two streams."""
     assert (
-        on_device(replace(GREEDY, prompt_logprobs=1), split_rows=8)[0]
+        on_device(replace(GREEDY, prompt_logprobs=1), split_tokens=8)[0]
         == on_device(replace(GREEDY, prompt_logprobs=1))[0]
     )

@@ -140,7 +140,7 @@ def steps_of(
         padding=None if world.size == 1 else CapacityRule.of(architecture, layout, 1.25),
         most_rows=LOAD.decode,
         most_pages=num_pages,
-        split_rows=None,
+        split_tokens=None,
     )
     passes = ForwardPass(model, lane, exchange, recorder)
     sequences = Sequences(PAGE_TOKENS, layout.tp)

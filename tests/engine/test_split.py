@@ -120,7 +120,7 @@ def test_halves_hold_every_row_once() -> None:
 
 
 def run(
-    model_dir: Path, shape: tuple[int, int], split_rows: int | None, num_prompts: int = 6
+    model_dir: Path, shape: tuple[int, int], split_tokens: int | None, num_prompts: int = 6
 ) -> list[Generated]:
     layout = first_layout(read_architecture(model_dir), lanes=shape[0], tp=shape[1])
     prompts = [[(7 * i + 13 * j * j + 5) % 256 for j in range(1 + 17 * (i % 3))] for i in range(num_prompts)]
@@ -132,7 +132,7 @@ def run(
         num_pages=64,
         dtype="float32",
         kernels="reference",
-        split_rows=split_rows,
+        split_tokens=split_tokens,
         step_deadline_s=60,
     ) as world:
         return world.generate(prompts, DRAWN, lane_of=lambda i: i % min(shape[0], 2))
