@@ -136,7 +136,7 @@ def _kernels_ms(steps: Iterator[float]) -> float:
     """Of one step, copies of memory left out: they are beside kernels, or tiny."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         list(islice(steps, PROFILED_STEPS))
-    total_us = sum(
+    total_us: float = sum(
         event.self_device_time_total
         for event in profile.key_averages()
         if not event.key.startswith(("Memcpy", "Memset"))

@@ -29,6 +29,8 @@ def select_kernels(name: str, dtype: str, device: torch.device = CPU) -> KernelS
     match name:
         case "reference":
             return KernelSet.reference(_DTYPES[dtype])
+        case "native" if device.type != "cpu":
+            raise ConfigError(f"kernels='native': for CPUs; on {device.type} use 'auto' or 'triton'")
         case "native":
             return _native(dtype)
         case "triton":

@@ -47,7 +47,7 @@ class LocalWorld:
         kernels: str = "auto",
         dtype: str = "bfloat16",
         capacity_factor: float | None = None,
-        device: str = "cpu",
+        device: Literal["cpu", "cuda"] = "cpu",
         experts_device: Literal["auto", "cpu"] = "auto",
         graphs: Literal["auto", "off", "twin"] = "auto",
         split_tokens: int | None = None,

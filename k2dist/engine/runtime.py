@@ -70,7 +70,7 @@ class RankSpec(Message, frozen=True, kw_only=True):
     # Of the exchange in steps without prompts (config.cluster.ExchangeConfig); None: exact in all.
     capacity_factor: float | None = None
     retain_s: float = 60.0  # how long a lane remembers a request after its end
-    device: str = "cpu"  # of weights, cache and steps; "cuda": this process's first
+    device: Literal["cpu", "cuda"] = "cpu"  # of weights, cache and steps; cuda: this process's first
     experts_device: Literal["auto", "cpu"] = "auto"  # of experts' weights; auto: with the rest
     # Steps of generated rows alone are recorded as CUDA graphs and replayed; twin: as on a device, on any.
     graphs: Literal["auto", "off", "twin"] = "auto"
@@ -128,7 +128,7 @@ class RankRuntime:
         self._spec = spec
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
-        self.device = torch.device(spec.device)
+        self.device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device(spec.device)
         self._places = Places(self.device, CPU if spec.experts_device == "cpu" else self.device)
         self._kernels = select_kernels(spec.kernels, spec.dtype, self.device)
         if spec.experts_device == "cpu":
@@ -327,7 +327,7 @@ class RankRuntime:
             return None
         if self._spec.graphs == "twin":
             return TwinRecorder(lambda: None if cache is None else cache.spoil_spare())
-        if comms.lane is not None and not comms.lane.is_on_stream:
+        if self._kernels.asks_device or (comms.lane is not None and not comms.lane.is_on_stream):
             return None
         are_calls_outside = self._spec.experts_device == "cpu" or not comms.world.is_on_stream
         return CudaRecorder(calls_outside=are_calls_outside)

@@ -38,8 +38,9 @@ class Staged:
         self.host = torch.zeros(size, dtype=torch.int64, pin_memory=self._is_cuda)
         self._there = self.host
         if self._is_cuda:
-            self._there = torch.zeros(size, dtype=torch.int64, device=device)
             self._stream, self._arrived = torch.cuda.Stream(device), torch.cuda.Event()
+            with torch.cuda.stream(self._stream):  # it writes there first
+                self._there = torch.zeros(size, dtype=torch.int64, device=device)
 
     def send(self) -> None:
         if self._is_cuda:

@@ -23,6 +23,7 @@ class Terms(Message, frozen=True, kw_only=True):
     max_samples: int  # rows of one step that give logits
     reserve_bytes: int  # of each device, for what is not planned
     device_bytes: int | None  # of one rank's device; None: not known
+    are_experts_here: bool = True  # False: their weights are in the machine's memory, not the device's
     # Times an even load, on the fullest rank. Our assumption: nothing measured stands behind it yet.
     imbalance: float = 4.0
 
@@ -48,4 +49,5 @@ def configured_terms(config: ClusterConfig) -> Terms:
         max_samples=config.scheduler.max_running,
         reserve_bytes=config.nodes.reserve_bytes,
         device_bytes=config.nodes.device_bytes,
+        are_experts_here=config.ranks.rank_gpus == 0 or config.ranks.experts_device == "auto",
     )

@@ -13,10 +13,11 @@ from k2kernels import Experts, KernelSet, StoredWeight
 from k2kernels.native import NoNativeKernelsError
 
 from k2dist.config import read_architecture
-from k2dist.engine import LocalWorld, kernels
+from k2dist.engine import LocalWorld
 from k2dist.engine.kernels import select_kernels, with_cpu_experts
 from k2dist.engine.load import Places
 from k2dist.engine.local import Generated
+from k2dist.errors import ConfigError
 from k2dist.messages import Sampling
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
@@ -106,4 +107,5 @@ def test_a_device_takes_triton_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(KernelSet, "triton", lambda dtype: asked.append(dtype) or KernelSet.reference(dtype))
     select_kernels("auto", "bfloat16", torch.device("cuda"))
     assert asked == [torch.bfloat16]
-    assert kernels.CPU.type == "cpu"
+    with pytest.raises(ConfigError, match="for CPUs"):
+        select_kernels("native", "bfloat16", torch.device("cuda"))

@@ -101,7 +101,10 @@ class Recorded:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self.calls: list[Call] = []
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size, self.is_on_stream = comm.rank, comm.size, comm.is_on_stream
+
+    def settle(self) -> None:
+        self._comm.settle()
 
     def all_to_all_rows(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
         self.calls.append(("all_to_all_rows", x.dtype, x.shape[1], tuple(send), tuple(recv)))
