@@ -23,7 +23,7 @@ gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/.gpu
 gpu:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: no CUDA device")'
 	$(GPU_PYTHON) -m pytest tests/engine/test_gpu.py tests/comm/test_nccl.py tests/kernels -m gpu --durations=10
-	$(GPU_PYTHON) -m k2dist.bench.device_step
+	$(GPU_PYTHON) -m k2dist.rehearsal.device_step
 	$(GPU_PYTHON) -m k2kernels.bench --seconds 150
 
 GPU_WHEELS = msgspec tiktoken regex llguidance jinja2 markupsafe safetensors hypothesis sortedcontainers

@@ -1,10 +1,10 @@
-"""How much longer a decode step takes than its kernels: `python -m k2dist.bench.device_step`.
+"""How much longer a decode step takes than its kernels: `python -m k2dist.rehearsal.device_step`.
 
 One rank with K2's own widths, made-up weights and the engine's real steps (plan, forward, sample, read):
 its experts stand in for all others. Wall time per step, and the sum of its kernels' times as the profiler
 tells them. Issue 4 asks that a step be no more than 5% longer.
 
-    python -m k2dist.bench.device_step --layers 8 --experts 24 --decode 64 --context 4096
+    python -m k2dist.rehearsal.device_step --layers 8 --experts 24 --decode 64 --context 4096
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _kernels_ms(steps: Iterator[float]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m k2dist.bench.device_step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m k2dist.rehearsal.device_step", description=__doc__)
     parser.add_argument("--layers", type=int, default=6, help="of K2's 61, the first of them dense")
     parser.add_argument("--experts", type=int, default=24, help="on this rank, of K2's 384")
     parser.add_argument("--decode", type=int, default=64, help="sequences, a row of each a step")
