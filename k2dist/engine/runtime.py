@@ -44,6 +44,7 @@ from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.static_batch import spare_places
 from k2dist.engine.steps import Step, Steps
+from k2dist.errors import ConfigError
 from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import Message, RankStats, StepPlan
@@ -128,7 +129,7 @@ class RankRuntime:
         self._spec = spec
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
-        self.device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device(spec.device)
+        self.device = _device_of(spec)
         self._places = Places(self.device, CPU if spec.experts_device == "cpu" else self.device)
         self._kernels = select_kernels(spec.kernels, spec.dtype, self.device)
         if spec.experts_device == "cpu":
@@ -413,6 +414,14 @@ class RankRuntime:
 
     def _has_reason(self) -> bool:
         return self._is_stopping.is_set() or self._has_work()
+
+
+def _device_of(spec: RankSpec) -> torch.device:
+    if spec.device == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch finds no CUDA device here; use 'cpu', or ranks.rank_gpus: 0")
+    return torch.device("cuda", 0)
 
 
 _PLAN_ENCODER = msgspec.msgpack.Encoder()
