@@ -6,15 +6,21 @@ replay must not read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
+from k2dist.engine.graphs import CudaRecorder, TwinRecorder
 from k2dist.engine.local import Generated
+from k2dist.engine.static_batch import StaticBatch
 from k2dist.messages import RankStats, Sampling
+from k2dist.model.pieces import Pieces
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
 
@@ -115,9 +121,85 @@ def test_preempted_and_recomputed_rows_are_right_too(tiny_model_dir: Path) -> No
 
 def test_what_is_spoiled_would_be_seen(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If rows that are none had experts, their NaN would fill frames; if they were taken for rows, tokens."""
-    from k2dist.engine.static_batch import StaticBatch
-
     monkeypatch.setattr(StaticBatch, "is_own_row", lambda batch: torch.ones_like(batch._own_row_t).bool())
     _, stats = run(tiny_model_dir, (2, 1, 0, 2), "off")
     _, spoiled = run(tiny_model_dir, (2, 1, 0, 2), "twin")
     assert [rank.expert_load for rank in spoiled] != [rank.expert_load for rank in stats]
+
+
+class FakeGraphs:
+    """Stands in for torch's: what is captured runs at once, and replays are counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replays: list[int] = []
+        self.is_capturing = False
+        self.num_graphs = 0
+        outer = self
+
+        class Graph:
+            def __init__(self) -> None:
+                self.number = outer.num_graphs
+                outer.num_graphs += 1
+
+            def replay(self) -> None:
+                assert not outer.is_capturing
+                outer.replays.append(self.number)
+
+        @contextmanager
+        def capture(graph: Graph, *, pool: object, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local", "other threads go on"
+            outer.is_capturing = True
+            yield
+            outer.is_capturing = False
+
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+@pytest.mark.parametrize("calls_outside", [False, True])
+def test_calls_are_in_the_graph_or_between_graphs(
+    monkeypatch: pytest.MonkeyPatch, *, calls_outside: bool
+) -> None:
+    fakes, made, given = FakeGraphs(monkeypatch), [], []
+
+    def work() -> Pieces:
+        for number in range(3):
+
+            def call(number: int = number) -> Tensor:
+                made.append((number, fakes.is_capturing))
+                return torch.full((2,), float(len(made)))
+
+            given.append((yield call))
+        return torch.zeros(1)
+
+    recording = CudaRecorder(calls_outside=calls_outside).record(work)
+    assert made == [(number, not calls_outside) for number in range(3)]
+    if not calls_outside:
+        assert recording.replay() is recording.replay()
+        assert fakes.replays == [0, 0]
+        assert len(made) == 3, "a graph holds the calls"
+        return
+    assert fakes.num_graphs == 4
+    assert fakes.replays == [0, 1, 2], "a call finds what the piece before it gives"
+    addresses = [x.data_ptr() for x in given]
+    assert recording.replay() is recording.replay()
+    assert fakes.replays[3:] == [0, 1, 2, 3] * 2
+    assert [number for number, _ in made[3:]] == [0, 1, 2] * 2
+    assert [x.data_ptr() for x in given] == addresses
+    assert [float(x[0]) for x in given] == [7.0, 8.0, 9.0], "what the last calls gave, where pieces read it"
+
+
+def test_the_twin_gives_one_tensor_and_spoils_it_first() -> None:
+    told: list[str] = []
+
+    def work() -> Pieces:
+        told.append("work")
+        x = yield lambda: torch.ones(2)
+        return x * len(told)
+
+    recording = TwinRecorder(lambda: told.append("poison")).record(work)
+    first = recording.replay()
+    assert recording.replay() is first
+    assert told == ["poison", "work"] * 2
+    assert first.tolist() == [4.0, 4.0]
