@@ -4,7 +4,7 @@ One rank with K2's own widths, made-up weights and the engine's real steps (plan
 its experts stand in for all others. Wall time per step, and the sum of its kernels' times as the profiler
 tells them. Issue 4 asks that a step be no more than 5% longer.
 
-    python -m k2dist.rehearsal.device_step --layers 8 --experts 24 --decode 64 --context 4096
+    python -m k2dist.rehearsal.device_step --layers 61 --experts 24 --decode 64 --context 4096      about 96 GB
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from msgspec.structs import replace as replace_struct
 
 from k2dist.checkpoint import RandomShard
-from k2dist.comm import Alone, StepAgreement
+from k2dist.comm import Alone, Exchange, StepAgreement
 from k2dist.config import KIMI_K2, Architecture, find_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.form import FormRule
@@ -43,37 +43,39 @@ PAGE_TOKENS = 64
 WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 6, 40, 10
 
 
-class Rank:
-    """A world of one on `device`, stepping through `load` as the step loop does."""
+def made_up_model(architecture: Architecture, layout: Layout, load: Load, device: torch.device) -> Model:
+    """Rank 0 of `layout`, its cache full."""
+    kernels = select_kernels("auto", "bfloat16", device)
+    shard = RandomShard(architecture.scale_block, device)
+    num_spare = spare_places(load.decode)
+    with torch.inference_mode():
+        return Model(
+            made_up_weights(architecture, layout, 0, kernels, shard),
+            made_up_cache(
+                architecture, load.num_pages(PAGE_TOKENS), PAGE_TOKENS, kernels, shard, device, num_spare
+            ),
+            architecture,
+            kernels,
+            1,
+            frozenset(),
+            device,
+        )
 
-    def __init__(
-        self, architecture: Architecture, layout: Layout, load: Load, device: torch.device, *, graphs: bool
-    ) -> None:
-        kernels = select_kernels("auto", "bfloat16", device)
-        shard = RandomShard(architecture.scale_block, device)
-        num_pages = load.num_pages(PAGE_TOKENS)
-        with torch.inference_mode():
-            model = Model(
-                made_up_weights(architecture, layout, 0, kernels, shard),
-                made_up_cache(
-                    architecture, num_pages, PAGE_TOKENS, kernels, shard, device, spare_places(load.decode)
-                ),
-                architecture,
-                kernels,
-                1,
-                frozenset(),
-                device,
-            )
+
+class Rank:
+    """A world of one, stepping through `load` as the step loop does."""
+
+    def __init__(self, model: Model, exchange: Exchange, load: Load, *, graphs: bool) -> None:
         rule = FormRule.of(
             tp=1,
             world_size=1,
             padding=None,
             most_rows=load.decode,
-            most_pages=num_pages,
+            most_pages=load.num_pages(PAGE_TOKENS),
             split_tokens=None,
         )
-        exchange = solo_exchange(architecture, layout.place(0), device)
-        recorder = CudaRecorder(calls_outside=False) if graphs and device.type == "cuda" else None
+        is_recorded = graphs and model.device.type == "cuda"
+        recorder = CudaRecorder(calls_outside=False) if is_recorded else None
         self._can_replay = recorder is not None
         self.passes = ForwardPass(model, Alone(), exchange, recorder)
         self._thread = DeviceThread("bench")
@@ -81,7 +83,7 @@ class Rank:
         self._steps = Steps(
             model, self._sequences, RowGuard(), Alone(), exchange, rule, self.passes, self._thread
         )
-        self._plans = load.plans(PAGE_TOKENS, architecture.vocab_size)
+        self._plans = load.plans(PAGE_TOKENS, model.architecture.vocab_size)
 
     def steps(self) -> Iterator[float]:
         """Seconds from the end of one step to the end of the next; one is always planned ahead."""
@@ -112,11 +114,9 @@ class Rank:
         )
 
 
-def measure(
-    architecture: Architecture, layout: Layout, load: Load, device: torch.device, *, graphs: bool
-) -> dict[str, object]:
+def measure(model: Model, exchange: Exchange, load: Load, *, graphs: bool) -> dict[str, object]:
     """Milliseconds of a step, and of its kernels where the device has a profiler."""
-    rank = Rank(architecture, layout, load, device, graphs=graphs)
+    rank = Rank(model, exchange, load, graphs=graphs)
     steps = rank.steps()
     list(islice(steps, WARM_STEPS))
     times_s = sorted(islice(steps, TIMED_STEPS))
@@ -125,7 +125,7 @@ def measure(
         "step_ms": 1e3 * times_s[len(times_s) // 2],
         "steps_replayed": rank.passes.num_steps_replayed,
     }
-    if device.type == "cuda":
+    if model.device.type == "cuda":
         kernels_ms = _kernels_ms(steps)
         found |= {"kernels_ms": kernels_ms, "longer": 1e3 * times_s[len(times_s) // 2] / kernels_ms - 1}
     list(steps)
@@ -146,7 +146,7 @@ def _kernels_ms(steps: Iterator[float]) -> float:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m k2dist.rehearsal.device_step", description=__doc__)
-    parser.add_argument("--layers", type=int, default=6, help="of K2's 61, the first of them dense")
+    parser.add_argument("--layers", type=int, default=61, help="of K2's 61, the first of them dense")
     parser.add_argument("--experts", type=int, default=24, help="on this rank, of K2's 384")
     parser.add_argument("--decode", type=int, default=64, help="sequences, a row of each a step")
     parser.add_argument("--context", type=int, default=4096, help="keys that each sees")
@@ -164,8 +164,10 @@ def main(arguments: list[str]) -> None:
     )
     layout = first_layout(architecture, lanes=architecture.num_experts // options.experts, tp=1)
     few, few_layout = first_layers(architecture, layout, options.layers)
+    model = made_up_model(few, few_layout, load, device)
+    exchange = solo_exchange(few, few_layout.place(0), device)
     for graphs in (False, True):
-        found = measure(few, few_layout, load, device, graphs=graphs)
+        found = measure(model, exchange, load, graphs=graphs)
         head = {
             "device": _name(device),
             "layers": options.layers,
