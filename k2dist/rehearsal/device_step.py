@@ -4,7 +4,7 @@ One rank with K2's own widths, made-up weights and the engine's real steps (plan
 its experts stand in for all others. Wall time per step, and the sum of its kernels' times as the profiler
 tells them. Issue 4 asks that a step be no more than 5% longer.
 
-    python -m k2dist.rehearsal.device_step --layers 61 --experts 24 --decode 64 --context 4096      about 96 GB
+    python -m k2dist.rehearsal.device_step --layers 61 --experts 24 --decode 64 --context 4096     about 96 GB
 """
 
 from __future__ import annotations

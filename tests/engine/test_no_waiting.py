@@ -7,7 +7,7 @@ The host's own tensors are on the CPU, and every operation that mixes the two is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from importlib import import_module
 from typing import Any
@@ -24,14 +24,18 @@ from k2dist.engine.form import Form, FormRule
 from k2dist.engine.forward import ForwardPass, Model
 from k2dist.engine.graphs import TwinRecorder
 from k2dist.engine.guard import RowGuard
+from k2dist.engine.kernel_check import KernelCheck
+from k2dist.engine.load import Places
+from k2dist.engine.plain_layer import PlainLayer
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.static_batch import spare_places
 from k2dist.engine.steps import Step, Steps
 from k2dist.ids import Generation
 from k2dist.messages import Sampling, StepPlan, TokenLogprob
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.weights import assemble
+from k2dist.model.weights import assemble, assemble_ends, assemble_layer
 from k2dist.parallel import Layout, expert_homes, first_layout, shard_plan
+from k2dist.planner.fewer_layers import reads_by_layer
 from k2dist.rehearsal.load import Load
 
 META = torch.device("meta")
@@ -212,3 +216,63 @@ def test_who_waits_is_seen(tiny_model_dir: Any) -> None:
     steps._sequences.apply(plan)
     with torch.no_grad(), Watch(), pytest.raises(AssertionError, match=r"leaves the device|waits"):
         steps._passes.exactly(steps._passes.stage(steps._sequences.batch(plan), Form()))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations that mix devices. What asks for numbers is left to the test."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        devices = {x.device.type for x in _tensors((args, kwargs or {})) if x.dim()}
+        assert devices != {"cpu", "meta"} or name == "aten.copy_", f"{name} mixes devices"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("experts", [META, torch.device("cpu")], ids=["experts there", "experts on the CPU"])
+def test_a_self_test_stays_on_the_weights_device(
+    tiny_model_dir: Any, tp: int, experts: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two sides are computed, not compared; experts that are elsewhere come to the stream."""
+    architecture = read_architecture(tiny_model_dir)
+    layout = first_layout(architecture, lanes=1, tp=tp)
+    place, places, kernels = layout.place(0), Places(META, experts), KernelSet.triton()
+    compared: list[tuple[torch.device, torch.device]] = []
+
+    def note(check: KernelCheck, name: str, found: Tensor, wanted: Tensor) -> Iterator[str]:
+        compared.append((found.device, wanted.device))
+        return iter(())
+
+    def plain_experts(
+        check: KernelCheck, index: int, expert_TK: Tensor, x_TD: Tensor, plain: PlainLayer
+    ) -> Tensor:
+        return plain.swiglu(x_TD, "mlp.experts.1")[:, None].expand(-1, expert_TK.shape[1], -1)
+
+    monkeypatch.setattr(KernelCheck, "_compare", note)
+    monkeypatch.setattr(KernelCheck, "_choice", lambda *args: iter(()))
+    monkeypatch.setattr(KernelCheck, "_plain_experts", plain_experts)
+    reads = reads_by_layer(shard_plan(architecture, layout, 0).reads)
+
+    def tensors(layer: int | None) -> dict[str, Tensor]:
+        return places.put(
+            {read.name: torch.zeros(read.cut_shape).to(DTYPES[read.dtype]) for read in reads[layer]}
+        )
+
+    with torch.no_grad(), OneDevice():
+        lane = assemble_ends(tensors(None), architecture, 0, tp, kernels)
+        check = KernelCheck(architecture, place, tp, PAGE_TOKENS, kernels, META)
+        check.begin(lane)
+        for number in range(architecture.num_layers):
+            found = tensors(number)
+            layer, on_device = assemble_layer(
+                places_on(META, found), architecture, place, tp, kernels, number
+            )
+            list(check.layer(number, layer, on_device, found))
+        list(check.head(lane, tensors(None)))
+    assert compared
+    assert set(compared) == {(META, META)}
+
+
+def places_on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
