@@ -76,7 +76,7 @@ class _Static:
         self.staging = staging
         self.has_run = False
         self.recording: Recording | None = None
-        self.num_bytes_sent = 0  # by each replay
+        self.num_bytes_sent = 0  # in each step: a replay counts nothing on the host
 
 
 class ForwardPass:
@@ -121,11 +121,11 @@ class ForwardPass:
             return self.exactly(staged)
         padded = PaddedExchange(self._exchange, form.capacity)
         x_SD = self._eager(staged, padded)
-        return self._hidden(x_SD, padded)
+        return self._hidden(x_SD, padded, padded.num_bytes_sent)
 
     def exactly(self, staged: StagedBatch) -> Hidden:
         """With exact splits, in which every row has room."""
-        return self._hidden(self._eager(staged, self._exchange), None)
+        return self._hidden(self._eager(staged, self._exchange), None, 0)
 
     # --------------------------------------------------------------------------------------------------
 
@@ -152,13 +152,15 @@ class ForwardPass:
         if not static.has_run:
             x_BD = in_line(begin())
             static.has_run = True
+            static.num_bytes_sent = static.exchange.num_bytes_sent
         else:
             if static.recording is None:
                 static.recording = self._recorder.record(begin)
                 self.num_recorded += 1
             x_BD = static.recording.replay()
             self.num_steps_replayed += 1
-        return self._hidden(x_BD[: len(staged.batch.sample_S)], static.exchange)
+        x_SD = x_BD[: len(staged.batch.sample_S)]
+        return self._hidden(x_SD, static.exchange, static.num_bytes_sent)
 
     def _static_pieces(self, static: _Static) -> Pieces:
         static.exchange.begin(None if static.batch is None else static.batch.is_own_row())
@@ -174,14 +176,13 @@ class ForwardPass:
         batch = StaticBatch(bucket, model.tp, self._lane.rank, model.cache, model.device)
         return _Static(batch, exchange, Staging(StaticBatch.size(bucket), model.device))
 
-    def _hidden(self, x_SD: Tensor, padded: PaddedExchange | None) -> Hidden:
-        """Counts a padded step."""
+    def _hidden(self, x_SD: Tensor, padded: PaddedExchange | None, num_bytes: int) -> Hidden:
+        """Counts a padded step, whose frames took `num_bytes`."""
         flag = None
-        if padded is not None:
-            self._exchange.num_bytes_sent += padded.num_bytes_sent
-            if padded.can_overflow:
-                self._exchange.num_steps_padded += 1
-                flag = padded.has_any_overflowed
+        self._exchange.num_bytes_sent += num_bytes
+        if padded is not None and padded.can_overflow:
+            self._exchange.num_steps_padded += 1
+            flag = padded.has_any_overflowed
         done = None
         if self._model.device.type == "cuda":
             done = torch.cuda.Event()
