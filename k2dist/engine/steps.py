@@ -5,7 +5,7 @@
 
 Forward and sample are launches of their own: what sampling needs of the step before, its tokens, is known by
 the time it is launched, and grammar masks are made meanwhile (`masks`). The forward pass needs only the
-newest token of each sequence, and takes it on the device.
+newest token of each sequence; on a GPU it is launched as soon as these are read (`follow`).
 
 Steps without prompts may exchange tokens in frames of a fixed capacity. Where some rank's rows did not fit,
 all ranks learn it in the pass itself, and all repeat it with the exact exchange: it writes the same places of
@@ -16,7 +16,7 @@ Legend: S rows whose logits are wanted, D hidden width, P rows whose token the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from k2dist.comm import Communicator, Exchange, StepAgreement
 from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.follow import Follow
 from k2dist.engine.form import FormRule
 from k2dist.engine.forward import ForwardPass, Hidden, Model, StagedBatch
 from k2dist.engine.guard import RowGuard
@@ -55,6 +56,7 @@ class Step:
     seq_ids: tuple[SeqId, ...]  # of the grants that sample, in their order
     staged: StagedBatch
     hidden: Future[Hidden]
+    follow: Follow[Hidden] = field(default_factory=Follow)
     outcome: Future[tuple[dict[RequestId, str], Outcome]] | None = None
     stuck: dict[RequestId, str] = field(default_factory=dict)
 
@@ -90,6 +92,8 @@ class Steps:
         self._rule = rule
         self._passes = passes
         self._device = device
+        # Where a launch returns before the device is done, the next step's goes first: see `follow`.
+        self._leads = model.device.type != "cpu"
 
     def forward(self, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         """Launch the forward pass of `plan`, which the rank has applied; `before` is the step before it.
@@ -103,8 +107,8 @@ class Steps:
             assert before is not None, "a token was promised, and no step is under way"
             places = {seq_id: place for place, seq_id in enumerate(before.seq_ids)}
             row_P, place_P = list(rows.values()), [places[seq_id] for seq_id in rows]
-            work = partial(self._hidden_behind, staged, row_P, place_P, before)
-            return Step(plan, seq_ids, staged, self._device.launch(work))
+            work = partial(self._hidden_behind, staged, row_P, place_P)
+            return Step(plan, seq_ids, staged, self._launch_behind(work, before))
         return Step(plan, seq_ids, staged, self._device.launch(partial(self._passes.run, staged)))
 
     def sample(self, step: Step) -> bool:
@@ -138,18 +142,35 @@ class Steps:
         )
         return Finished(result, faults, step.stuck)
 
+    def _launch_behind(self, work: Callable[[Sequence[int]], Hidden], before: Step) -> Future[Hidden]:
+        """`work` needs the tokens of the step before."""
+        outcome = before.outcome
+        assert outcome is not None, "a step is launched before the one before it is sampled"
+        following = before.follow.offer(work) if self._leads else None
+        if following is not None:
+            return following
+        return self._device.launch(lambda: work(outcome.result()[1].sampled.token_ids))
+
     # -- on the device thread --------------------------------------------------------------------------
 
     def _hidden_behind(
-        self, staged: StagedBatch, row_P: list[int], place_P: list[int], before: Step
+        self, staged: StagedBatch, row_P: list[int], place_P: list[int], token_ids: Sequence[int]
     ) -> Hidden:
-        """The forward pass of a batch, some of whose tokens the step before has sampled."""
-        assert before.outcome is not None, "a step runs before the one before it"
-        token_ids = before.outcome.result()[1].sampled.token_ids
+        """The forward pass of a batch, some of whose tokens are among those of the step before."""
         staged.batch.token_T[row_P] = torch.tensor([token_ids[place] for place in place_P])
         return self._passes.run(staged)
 
     def _read_out(self, step: Step, wanted: _Wanted) -> tuple[dict[RequestId, str], Outcome]:
+        """`_read`, and then at once what follows the step."""
+        try:
+            faults, outcome = self._read(step, wanted)
+        except BaseException:
+            step.follow.close()
+            raise
+        step.follow.run(outcome.sampled.token_ids)
+        return faults, outcome
+
+    def _read(self, step: Step, wanted: _Wanted) -> tuple[dict[RequestId, str], Outcome]:
         """What is wrong with requests, and what the plan wants; the same on all tp ranks. Collective.
 
         The only read of a step, unless its frames were too small: then there is a second one.

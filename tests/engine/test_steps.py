@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from k2dist.comm import StepAgreement
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.follow import Follow
 from k2dist.engine.forward import ForwardPass, Hidden, StagedBatch
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import Generated
@@ -104,6 +107,48 @@ def test_a_step_is_planned_and_agreed_on_while_the_one_before_computes(
     with world:
         world.generate(PROMPTS, DRAWN)
     assert is_next_launched.is_set()
+
+
+@pytest.mark.parametrize(("lanes", "tp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_step_that_follows_at_once_gives_the_same_bits(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, tp: int
+) -> None:
+    """As on a device: the device thread goes on to the next forward pass before it tells of a step."""
+    with open_world(tiny_model_dir, lanes, tp) as world:
+        wanted = world.generate(PROMPTS, DRAWN)
+    init, run, order = Steps.__init__, Follow.run, []
+
+    def leading(steps: Steps, *arguments: Any) -> None:
+        init(steps, *arguments)
+        steps._leads = True
+
+    def noted(follow: Follow[Any], token_ids: Sequence[int]) -> None:
+        order.append(follow._offered is not None)
+        run(follow, token_ids)
+
+    monkeypatch.setattr(Steps, "__init__", leading)
+    monkeypatch.setattr(Follow, "run", noted)
+    with open_world(tiny_model_dir, lanes, tp) as world:
+        assert world.generate(PROMPTS, DRAWN) == wanted
+    assert sum(order) > 0.5 * len(order), "most steps are planned while the one before computes"
+
+
+def test_what_follows_a_step_is_done_once_or_not_at_all() -> None:
+    early, late, failed, broken = Follow[int](), Follow[int](), Follow[int](), Follow[int]()
+    future = early.offer(sum)
+    early.run([3, 4])
+    assert future is not None
+    assert future.result(1) == 7
+    late.run([3, 4])
+    assert late.offer(sum) is None, "the step was told of: it is launched like any other"
+    dropped = failed.offer(sum)
+    failed.close()
+    assert dropped is not None
+    assert dropped.cancelled()
+    raising = broken.offer(lambda ids: ids[9])
+    broken.run([1])
+    assert raising is not None
+    assert isinstance(raising.exception(1), IndexError)
 
 
 def test_a_plan_is_never_more_than_one_step_ahead(
