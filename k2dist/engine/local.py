@@ -18,7 +18,8 @@ from k2dist.comm import Alone, Communicator, thread_group
 from k2dist.config import read_architecture
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
-from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
+from k2dist.engine.runtime import RankComms, RankRuntime
+from k2dist.engine.spec import RankSpec
 from k2dist.errors import FencedError
 from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import RankProgress, Request, Sampling

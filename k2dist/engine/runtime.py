@@ -19,65 +19,39 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 import torch
 
 from k2dist.cache import PagePool
-from k2dist.comm import CapacityRule, Communicator
+from k2dist.comm import Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
-from k2dist.engine.form import FormRule
 from k2dist.engine.forward import ForwardPass, Model
 from k2dist.engine.graphs import CudaRecorder, Recorder, TwinRecorder
 from k2dist.engine.guard import RowGuard
-from k2dist.engine.kernels import select_kernels, with_cpu_experts
 from k2dist.engine.lane import LanePort
-from k2dist.engine.load import CPU, Places, load_weights
+from k2dist.engine.load import load_weights
 from k2dist.engine.load_progress import LoadProgress, Tell
 from k2dist.engine.masks import Masks
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
-from k2dist.engine.static_batch import spare_places
+from k2dist.engine.spec import RankSpec
 from k2dist.engine.steps import Step, Steps
-from k2dist.errors import ConfigError
 from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
-from k2dist.parallel import Layout, expert_homes, shard_plan
-from k2dist.scheduler import Limits, PrefillCadence, Scheduler
+from k2dist.parallel import expert_homes, shard_plan
+from k2dist.scheduler import PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
 
 # Of those that torch has: masks are made while a device computes, and 32 take less than a millisecond.
 MASK_THREADS = 4
-
-
-class RankSpec(Message, frozen=True, kw_only=True):
-    """All that makes one rank what it is. `num_pages` pages of `page_tokens` tokens for its lane."""
-
-    model_dir: str
-    layout: Layout
-    world_rank: int
-    page_tokens: int
-    num_pages: int
-    limits: Limits
-    kernels: str = "auto"
-    dtype: str = "bfloat16"  # of the residual stream; float32: nothing but the weights is quantised
-    # Of the exchange in steps without prompts (config.cluster.ExchangeConfig); None: exact in all.
-    capacity_factor: float | None = None
-    retain_s: float = 60.0  # how long a lane remembers a request after its end
-    device: Literal["cpu", "cuda"] = "cpu"  # of weights, cache and steps; cuda: this process's first
-    experts_device: Literal["auto", "cpu"] = "auto"  # of experts' weights; auto: with the rest
-    # Steps of generated rows alone are recorded as CUDA graphs and replayed; twin: as on a device, on any.
-    graphs: Literal["auto", "off", "twin"] = "auto"
-    # Rows of a step from which it is computed in two halves, one's exchange behind the other's attention
-    # (where exchanges are exact). None: never.
-    split_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +103,9 @@ class RankRuntime:
         self._spec = spec
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
-        self.device = _device_of(spec)
-        self._places = Places(self.device, CPU if spec.experts_device == "cpu" else self.device)
-        self._kernels = select_kernels(spec.kernels, spec.dtype, self.device)
-        if spec.experts_device == "cpu":
-            self._kernels = with_cpu_experts(self._kernels, spec.dtype)
-        self._rule = self._form_rule()
+        self.device = spec.places.device
+        self._kernels = spec.select_kernels()
+        self._rule = spec.form_rule(self._architecture)
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
@@ -209,12 +180,12 @@ class RankRuntime:
             self._architecture,
             self._spec.layout,
             self._kernels,
-            self._places,
+            self._spec.places,
             progress.loaded,
         )
         self._model = Model(
             weights,
-            self._allocate_cache(),
+            self._spec.allocate_cache(self._architecture, self._kernels, self._rule),
             self._architecture,
             self._kernels,
             self._spec.layout.tp,
@@ -230,7 +201,7 @@ class RankRuntime:
             weights,
             self._kernels,
             page_tokens=self._spec.page_tokens,
-            places=self._places,
+            places=self._spec.places,
             progress=progress.tested,
         )
         return LoadReport(
@@ -304,27 +275,9 @@ class RankRuntime:
                     member.bells.ring_all(epoch)
                 epoch += 1
 
-    def _form_rule(self) -> FormRule:
-        spec, factor = self._spec, self._spec.capacity_factor
-        return FormRule.of(
-            tp=spec.layout.tp,
-            world_size=spec.layout.world_size,
-            padding=None if factor is None else CapacityRule.of(self._architecture, spec.layout, factor),
-            most_rows=spec.limits.max_running,
-            most_pages=min(spec.num_pages, -(-self._architecture.max_positions // spec.page_tokens)),
-            split_tokens=spec.split_tokens,
-        )
-
-    @property
-    def _may_record(self) -> bool:
-        is_wanted = self._spec.graphs == "twin" or (
-            self._spec.graphs == "auto" and self.device.type == "cuda"
-        )
-        return is_wanted and self._rule.can_record
-
     def _recorder(self, comms: RankComms, cache: LatentCache | None) -> Recorder | None:
         """None: this rank's groups are not of a sort that a graph can hold, or nobody wants one."""
-        if not self._may_record:
+        if not self._spec.may_record(self._rule):
             return None
         if self._spec.graphs == "twin":
             return TwinRecorder(lambda: None if cache is None else cache.spoil_spare())
@@ -332,20 +285,6 @@ class RankRuntime:
             return None
         are_calls_outside = self._spec.experts_device == "cpu" or not comms.world.is_on_stream
         return CudaRecorder(calls_outside=are_calls_outside)
-
-    def _allocate_cache(self) -> LatentCache | None:
-        if self._place.lane is None:
-            return None
-        spec = self._spec
-        num_spare = spare_places(spec.limits.max_running) if self._may_record else 0
-        return LatentCache.allocate(
-            self._architecture,
-            spec.num_pages,
-            spec.page_tokens,
-            self._kernels,
-            self.device,
-            num_spare=num_spare,
-        )
 
     def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
         """What this rank says of the step that its lane has planned."""
@@ -414,14 +353,6 @@ class RankRuntime:
 
     def _has_reason(self) -> bool:
         return self._is_stopping.is_set() or self._has_work()
-
-
-def _device_of(spec: RankSpec) -> torch.device:
-    if spec.device == "cpu":
-        return CPU
-    if not torch.cuda.is_available():
-        raise ConfigError("device='cuda': torch finds no CUDA device here; use 'cpu', or ranks.rank_gpus: 0")
-    return torch.device("cuda", 0)
 
 
 _PLAN_ENCODER = msgspec.msgpack.Encoder()
