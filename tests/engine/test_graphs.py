@@ -60,7 +60,7 @@ def run(
         step_deadline_s=60,
     ) as world:
         outputs = world.generate(prompts, DRAWN, lane_of=lambda i: i % num_busy)
-        return outputs, [rank.stats() for rank in world.ranks]
+    return outputs, [rank.stats() for rank in world.ranks]  # all have left after the same step
 
 
 @pytest.mark.parametrize("shape", LAYOUTS)
@@ -75,8 +75,6 @@ def test_replayed_steps_give_the_bits_of_eager_ones(
     assert 0 < again[0].num_recorded < again[0].num_steps_replayed
     assert [rank.expert_load for rank in again] == [rank.expert_load for rank in stats], "rows that are none"
     assert {rank.num_overflows for rank in again} == {0}
-    num_padded = {rank.num_steps_padded for rank in again}
-    assert num_padded == {rank.num_steps_padded for rank in stats}
 
 
 @pytest.mark.parametrize(
