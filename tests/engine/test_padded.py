@@ -47,7 +47,7 @@ def run(
         step_deadline_s=60,
     ) as world:
         outputs = world.generate(prompts, DRAWN, lane_of=lambda i: i % (num_lanes or lanes))
-        return outputs, [rank.stats() for rank in world.ranks]
+    return outputs, [rank.stats() for rank in world.ranks]  # all have left after the same step
 
 
 def counted(stats: list[RankStats]) -> tuple[int, int]:
