@@ -21,6 +21,7 @@ from torch import Tensor
 
 from k2dist.comm import Alone
 from k2dist.config import Architecture
+from k2dist.engine.load import CPU
 from k2dist.engine.plain_layer import PlainLayer
 from k2dist.engine.solo import solo_architecture, solo_batch, solo_cache, solo_exchange, solo_slot
 from k2dist.model.lane_step import LaneStep
@@ -42,14 +43,21 @@ class KernelCheck:
     """One rank's check, layer after layer in ascending order: `faults` names half layers that are off."""
 
     def __init__(
-        self, architecture: Architecture, place: RankPlace, tp: int, page_tokens: int, kernels: KernelSet
+        self,
+        architecture: Architecture,
+        place: RankPlace,
+        tp: int,
+        page_tokens: int,
+        kernels: KernelSet,
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._architecture = solo_architecture(architecture, tp)
         self._place = place
-        self._exchange = solo_exchange(architecture, place)
+        self._exchange = solo_exchange(architecture, place, device)
         self._kernels = kernels
         self._num_tokens = min(NUM_TOKENS, architecture.max_positions)
-        self._cache = solo_cache(self._architecture, self._num_tokens, page_tokens, kernels)
+        self._cache = solo_cache(self._architecture, self._num_tokens, page_tokens, kernels, device)
         self._h_TD = torch.empty(0)
         self.worst = 0.0  # largest error so far, as a share of what was right
 
@@ -58,9 +66,11 @@ class KernelCheck:
         if lane is None:
             noise = torch.Generator().manual_seed(0)
             shape = (self._num_tokens, self._architecture.hidden_size)
-            self._h_TD = torch.randn(shape, generator=noise).to(self._kernels.dtype)
+            self._h_TD = torch.randn(shape, generator=noise).to(self._device, self._kernels.dtype)
         else:
-            token_T = torch.arange(self._num_tokens) * 7919 % self._architecture.vocab_size
+            token_T = (
+                torch.arange(self._num_tokens, device=self._device) * 7919 % self._architecture.vocab_size
+            )
             self._h_TD = lane.embed_vD[token_T]
 
     def layer(
@@ -101,7 +111,14 @@ class KernelCheck:
         num_tokens = self._num_tokens
         prompt_len = num_tokens - NUM_GENERATED
         for path, start, stop in (("prompt", 0, prompt_len), ("generated", prompt_len, num_tokens)):
-            batch = solo_batch(num_tokens, self._cache.page_tokens, start, stop, is_prompt=path == "prompt")
+            batch = solo_batch(
+                num_tokens,
+                self._cache.page_tokens,
+                start,
+                stop,
+                is_prompt=path == "prompt",
+                device=self._device,
+            )
             step = LaneStep(batch, self._cache, Alone(), self._architecture, self._kernels)
             parts.append(attention(x_TD[start:stop], index, layer.attention, step))
             name = f"layers.{index}.attention of {path} rows"
@@ -138,7 +155,9 @@ class KernelCheck:
         a, moe_layer = self._architecture, index - self._architecture.first_dense_layers
         if not self._place.experts[moe_layer]:
             return
-        expert_TK = (torch.arange(self._num_tokens * a.top_k) % a.num_experts).view(-1, a.top_k)
+        expert_TK = (torch.arange(self._num_tokens * a.top_k, device=self._device) % a.num_experts).view(
+            -1, a.top_k
+        )
         out_TKD = through_experts(self._h_TD, expert_TK, moe_layer, experts, self._exchange, a, self._kernels)
         wanted_TKD = self._plain_experts(index, expert_TK, self._h_TD.double(), plain)
         yield from self._compare(

@@ -24,6 +24,7 @@ from k2dist.checkpoint import CheckpointFiles
 from k2dist.checkpoint.manifest import ManifestChecker, find_checker
 from k2dist.config import Architecture
 from k2dist.engine.kernel_check import KernelCheck
+from k2dist.engine.load import ON_CPU, Places
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
@@ -54,6 +55,7 @@ def self_test(
     kernels: KernelSet,
     *,
     page_tokens: int,
+    places: Places = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> SelfTestReport:
     """Test what `world_rank` holds and computes; returns if all is right.
@@ -67,12 +69,15 @@ def self_test(
     checker = find_checker(model_dir, architecture)
     plan = shard_plan(architecture, layout, world_rank)
     rank = f"world rank {world_rank}"
-    test = _SelfTest(architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens)
+    test = _SelfTest(
+        architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens, places.device
+    )
     with CheckpointFiles(model_dir) as files, torch.inference_mode():
         for layer, part in _by_layer(plan):
             tensors = files.read_all(part)
             if checker is not None:
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
+            tensors = places.put(tensors)
             _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
             _raise(FaultyRankError, rank, test.kernel_faults(layer, tensors))
             num_bytes_tested += part.num_bytes
@@ -99,13 +104,14 @@ class _SelfTest:
         weights: Weights,
         kernels: KernelSet,
         page_tokens: int,
+        device: torch.device,
     ) -> None:
         self._architecture = architecture
         self._place = place
         self._tp = tp
         self._weights = weights
         self._kernels = kernels
-        self._check = KernelCheck(architecture, place, tp, page_tokens, kernels)
+        self._check = KernelCheck(architecture, place, tp, page_tokens, kernels, device)
         self._check.begin(weights.lane)
         self._head: dict[str, Tensor] = {}  # its tensors, kept until the stream has come there
 

@@ -91,6 +91,7 @@ class KernelSet:
     pack: Callable[[Tensor, int | None], Tensor]
     unpack: Callable[[Tensor, int, int | None], Tensor | QuantisedRows]
 
+    asks_device: bool = True  # some kernel reads numbers of its rows on the host, so no graph can hold it
     whole_linear: Callable[[Tensor, Prepared, torch.dtype], Tensor] | None = None
     whole_mlp: Callable[[Tensor, Prepared, Prepared, torch.dtype], Tensor] | None = None
     whole_experts: (
