@@ -10,7 +10,15 @@
 namespace K2_NAMESPACE {
 #include "vec.h"
 
-#include "gemm.h"
+#include "weights.h"
+
+#include "multiply.h"
+
+#include "few.h"
+
+#include "lay.h"
+
+#include "linear.h"
 
 #include "attend.h"
 
