@@ -117,6 +117,13 @@ class PaddedExchange:
         """As `Exchange.combine`. Outputs that are nobody's travel too, and are not read."""
         return self._exact.combine(out_MD, ticket)
 
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        """As of `Exchange`: a world of one has no frames."""
+        return self._exact.home_slots(moe_layer)
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        self._exact.count_at_home(moe_layer, counts_e)
+
     def _pack(self, rows_TW: Tensor, slot_TK: Tensor, is_there_RTK: Tensor) -> tuple[Tensor, Tensor]:
         """The frames for all ranks, [R * C, B], and how many rows are for each rank."""
         (size, num_rows, top_k), room = is_there_RTK.shape, self._capacity.rows

@@ -30,6 +30,11 @@ def moe(
     kernels: KernelSet,
 ) -> Tensor:
     """The normed stream of this rank's rows in, the layer's output for them out: [t, D]. Collective."""
+    if kernels.whole_moe is not None and (slot_E := exchange.home_slots(moe_layer)) is not None:
+        how = rule(architecture)
+        y_tD, counts_e = kernels.whole_moe(x_tD, weights.router, how, weights.shared, experts, slot_E)
+        exchange.count_at_home(moe_layer, counts_e)
+        return y_tD
     logit_tE = kernels.router_logits(x_tD, weights.router.w_ED)
     expert_tK, weight_tK = kernels.router_topk(logit_tE, weights.router.bias_E, rule(architecture))
     out_tKD = through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)

@@ -66,20 +66,42 @@ static void lay_row(const K2Packed *w, const K2Rows *rows, int64_t i, const Laid
   }
 }
 
-constexpr int64_t kLayRows = 16; // of one task
+constexpr int64_t kLayRows = 4; // of one task
 
-// All of `rows`, in memory of the calling thread's scratch `which`.
-static Laid lay(int threads, const K2Packed *w, const K2Rows *rows, int which) {
+// Room for rows as `w` takes them, in the calling thread's scratch `which`.
+static Laid laid_out(const K2Packed *w, int64_t num_rows, int which) {
   Laid laid;
-  laid.rows = rows->num_rows;
+  laid.rows = num_rows;
   laid.stride = round_up(w->block, 32);
   const size_t act_bytes = size_t(round_up(int64_t(sizeof(Act)) * laid.rows * laid.stride * w->num_blocks, 64));
   uint8_t *memory = (uint8_t *)k2_scratch(which, act_bytes + 4 * size_t(laid.rows) * size_t(w->num_blocks));
   laid.a = (Act *)memory;
   laid.sx = (float *)(memory + act_bytes);
+  return laid;
+}
+
+// All of `rows`.
+static Laid lay(int threads, const K2Packed *w, const K2Rows *rows, int which) {
+  const Laid laid = laid_out(w, rows->num_rows, which);
   parallel(threads, (laid.rows + kLayRows - 1) / kLayRows, [&](int64_t task) {
     for (int64_t i = task * kLayRows; i < least((task + 1) * kLayRows, laid.rows); i++)
       lay_row(w, rows, i, laid, i);
+  });
+  return laid;
+}
+
+// Rows of `one`, laid out anew in the order of `index`; `w`: whose rows they are.
+static Laid lay_again(int threads, const K2Packed *w, const Laid &one, const int64_t *index, int64_t num_rows, int which) {
+  Laid laid = laid_out(w, num_rows, which);
+  parallel(threads, (num_rows + kLayRows - 1) / kLayRows, [&](int64_t task) {
+    for (int b = 0; b < w->num_blocks; b++) {
+      const int64_t depth = depth_of(w, b);
+      for (int64_t i = task * kLayRows; i < least((task + 1) * kLayRows, num_rows); i++) {
+        memcpy(laid.a + laid.rows * laid.stride * b + i * depth, one.a + one.rows * one.stride * b + index[i] * depth,
+               size_t(depth) * sizeof(Act));
+        laid.sx[b * laid.rows + i] = one.sx[b * one.rows + index[i]];
+      }
+    }
   });
   return laid;
 }

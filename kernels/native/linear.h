@@ -96,6 +96,23 @@ static void linear(int threads, const K2Packed *w, int64_t num_slots, const int6
     linear_task(w, p.slot, int(task % groups), laid, p.first, p.num_rows, y, out_kind, y_stride);
   });
 }
+// y[t, h] = x[t, h] w[h]^T: a slot of `w` per head.
+static void heads(int threads, const K2Packed *w, const bf16 *x, int64_t num_rows, int64_t num_heads,
+                  int64_t x_row_stride, int64_t x_head_stride, bf16 *y, int64_t y_row_stride, int64_t y_head_stride) {
+  const int64_t groups = (w->num_panels + kPanels - 1) / kPanels;
+  const int64_t chunks = (num_rows + kChunkRows - 1) / kChunkRows;
+  parallel(threads, num_heads * chunks, [&](int64_t task) {
+    const int64_t h = task % num_heads, first = task / num_heads * kChunkRows;
+    const int64_t rows_here = least(kChunkRows, num_rows - first);
+    const K2Rows rows = {K2_ROWS_BF16, rows_here, x_row_stride * 2,
+                         (const uint8_t *)(x + first * x_row_stride + h * x_head_stride), 0, nullptr, nullptr};
+    const Laid laid = lay(1, w, &rows, K2_SCRATCH_ROWS);
+    for (int64_t group = 0; group < groups; group++)
+      linear_task(w, h, int(group), laid, 0, rows_here, y + first * y_row_stride + h * y_head_stride, K2_OUT_BF16,
+                  y_row_stride);
+  });
+}
+
 // -- MLPs: down(silu(gate x) * (up x)), of one or of many slots ----------------------------------------------
 
 // The inner values of rows [first, first + num_rows) for a group: half its panels are of gate, half of up.
@@ -117,11 +134,10 @@ static void inner_task(const K2Packed *w, int64_t slot, int group, const Laid &l
     }
 }
 
-// y: contiguous. Rows as of `linear`.
-static void mlp(int threads, const K2Packed *gate_up, const K2Packed *down, int64_t num_slots,
-                const int64_t *counts, const K2Rows *rows, void *y, int out_kind) {
+// Of rows that are laid out for `gate_up` already. y: contiguous, rows as of `linear`.
+static void mlp_laid(int threads, const K2Packed *gate_up, const K2Packed *down, int64_t num_slots,
+                     const int64_t *counts, const Laid &laid, void *y, int out_kind) {
   const int64_t width = down->num_inputs, num_parts = count_parts(num_slots, counts);
-  const Laid laid = lay(threads, gate_up, rows, K2_SCRATCH_ROWS);
   const size_t part_bytes = size_t(round_up(num_parts * int64_t(sizeof(Part)), 64));
   uint8_t *memory = (uint8_t *)k2_scratch(K2_SCRATCH_INNER, part_bytes + size_t(laid.rows * width) * 2);
   Part *parts = (Part *)memory;
@@ -139,4 +155,9 @@ static void mlp(int threads, const K2Packed *gate_up, const K2Packed *down, int6
     const Part &p = parts[task / groups];
     linear_task(down, p.slot, int(task % groups), again, p.first, p.num_rows, y, out_kind, down->num_outputs);
   });
+}
+
+static void mlp(int threads, const K2Packed *gate_up, const K2Packed *down, int64_t num_slots,
+                const int64_t *counts, const K2Rows *rows, void *y, int out_kind) {
+  mlp_laid(threads, gate_up, down, num_slots, counts, lay(threads, gate_up, rows, K2_SCRATCH_ROWS), y, out_kind);
 }
