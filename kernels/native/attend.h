@@ -27,35 +27,6 @@ using Value = bf16;
 
 static inline void put_query(Query *q, int lane, int64_t k, bf16 x) { q[(k / 2) * 32 + lane * 2 + (k & 1)] = x; }
 
-// Values of two neighbouring keys, 16 columns: words in turn.
-static inline void put_value_pair(Value *v, int pair, int64_t column, __m256i even, __m256i odd) {
-  const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
-  Value *to = v + (column / 16) * (kTileKeys * 16) + pair * 32;
-  _mm256_store_si256((__m256i *)to, _mm256_permute2x128_si256(low, high, 0x20));
-  _mm256_store_si256((__m256i *)(to + 16), _mm256_permute2x128_si256(low, high, 0x31));
-}
-
-static inline void begin_attention() { configure(16, 0); }
-static inline void end_attention() { asm volatile("tilerelease"); }
-
-// score[key][lane], without scale.
-static inline void score_tile(const Query *q, const Key *keys, int width, float *score) {
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  for (int k = 0; k < width; k += 32) {
-    tile_load<6>(q + k * 16, 64);
-    tile_load<4>(keys + k, width * 2);
-    tile_dot<0, 4, 6>();
-    tile_load<5>(keys + 16 * width + k, width * 2);
-    tile_dot<1, 5, 6>();
-    tile_load<4>(keys + 32 * width + k, width * 2);
-    tile_dot<2, 4, 6>();
-    tile_load<5>(keys + 48 * width + k, width * 2);
-    tile_dot<3, 5, 6>();
-  }
-  tile_store<0>(score, 64), tile_store<1>(score + 256, 64);
-  tile_store<2>(score + 512, 64), tile_store<3>(score + 768, 64);
-}
-
 static inline void transpose16(const float *from, int64_t from_stride, __m512 out[16]) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i++)
@@ -78,6 +49,37 @@ static inline void transpose16(const float *from, int64_t from_stride, __m512 ou
     out[i + 4] = _mm512_shuffle_f32x4(r, s, 0x88);
     out[i + 12] = _mm512_shuffle_f32x4(r, s, 0xdd);
   }
+}
+
+// Values of two neighbouring keys, 32 columns: words in turn.
+static inline void put_value_pair(Value *v, int pair, int64_t column, __m512i even, __m512i odd, bool are_both) {
+  const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+  Value *to = v + (column / 16) * (kTileKeys * 16) + pair * 32;
+  _mm512_store_si512(to, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
+  if (are_both)
+    _mm512_store_si512(to + kTileKeys * 16,
+                       _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
+}
+
+static inline void begin_attention() { configure(16, 0); }
+static inline void end_attention() { asm volatile("tilerelease"); }
+
+// score[key][lane], without scale.
+static inline void score_tile(const Query *q, const Key *keys, int width, float *score) {
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int k = 0; k < width; k += 32) {
+    tile_load<6>(q + k * 16, 64);
+    tile_load<4>(keys + k, width * 2);
+    tile_dot<0, 4, 6>();
+    tile_load<5>(keys + 16 * width + k, width * 2);
+    tile_dot<1, 5, 6>();
+    tile_load<4>(keys + 32 * width + k, width * 2);
+    tile_dot<2, 4, 6>();
+    tile_load<5>(keys + 48 * width + k, width * 2);
+    tile_dot<3, 5, 6>();
+  }
+  tile_store<0>(score, 64), tile_store<1>(score + 256, 64);
+  tile_store<2>(score + 512, 64), tile_store<3>(score + 768, 64);
 }
 
 // sum[lane][V] = sum * shrink[lane] + share^T values, of `num_lanes` lanes.
@@ -214,6 +216,25 @@ static inline void attend_tile(const Query *q, const Key *keys, int width, const
   add_values(score, values, value_width, shrink, num_lanes, lanes.sum);
 }
 
+// Queries of 16 lanes, `n` values each; lanes that are not there are zeros. `width`: n, padded.
+static inline void put_queries(Query *q, const bf16 *from, int64_t lane_stride, int num_lanes, int64_t n, int width) {
+#if defined(K2_USE_AMX)
+  if (num_lanes == kLanes && n % 32 == 0 && lane_stride % 2 == 0) { // pairs of values as if they were floats
+    for (int64_t k = 0; k < n; k += 32) {
+      __m512 column[16];
+      transpose16((const float *)(from + k), lane_stride / 2, column);
+      for (int i = 0; i < 16; i++)
+        _mm512_store_ps((float *)(q + k * kLanes + i * 32), column[i]);
+    }
+    return;
+  }
+#endif
+  memset(q, 0, size_t(width) * kLanes * sizeof(Query));
+  for (int lane = 0; lane < num_lanes; lane++)
+    for (int64_t k = 0; k < n; k++)
+      put_query(q, lane, k, from[lane * lane_stride + k]);
+}
+
 // -- the paged cache -----------------------------------------------------------------------------------------
 
 using Cache = K2Cache;
@@ -233,12 +254,12 @@ template <class Row> static inline void lay_values(Value *values, int64_t width,
   for (int j = 0; j < kTileKeys; j += 2) {
     const bf16 *rows[2] = {row(j), row(j + 1)};
 #if defined(K2_USE_AMX)
-    for (int64_t v = 0; v < width; v += 16) {
-      __m256i both[2];
+    for (int64_t v = 0; v < width; v += 32) {
+      const __mmask32 some = __mmask32((uint64_t(1) << least(32, width - v)) - 1);
+      __m512i both[2];
       for (int i = 0; i < 2; i++)
-        both[i] = rows[i] ? _mm256_maskz_loadu_epi16(first(int(least(16, width - v))), rows[i] + v)
-                          : _mm256_setzero_si256();
-      put_value_pair(values, j / 2, v, both[0], both[1]);
+        both[i] = rows[i] ? _mm512_maskz_loadu_epi16(some, rows[i] + v) : _mm512_setzero_si512();
+      put_value_pair(values, j / 2, v, both[0], both[1], width - v > 16);
     }
 #else
     const int64_t padded = round_up(width, 16);

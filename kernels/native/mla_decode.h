@@ -4,27 +4,46 @@
 constexpr int64_t kChunkKeys = 256; // of one task; fixed, so that sums do not follow the number of threads
 constexpr int64_t kPartialBytes = 32 << 20;
 
-// Sums of one chunk of keys of one row, all heads: m, l, values, head by head.
+// What a chunk of keys of one row comes to, its heads in groups of 16: m and l, then sums [16][V].
+static inline int64_t entry_of(const K2Decode &d) {
+  return round_up(d.num_heads, kLanes) * (2 + round_up(d.latent_width, 16));
+}
+
+// Keys [first, first + num_keys) as `score_tile` reads them: in `copy`, or where they lie.
+static inline const Key *tile_of(const K2Decode &d, const int64_t *pages, int64_t first, int num_keys, int width,
+                                 Key *copy) {
+#if defined(K2_USE_AMX)
+  const int64_t offset = first % d.cache.page_tokens;
+  if (num_keys == kTileKeys && offset + kTileKeys <= d.cache.page_tokens && d.cache.width == width)
+    return cached(d.cache, pages, first);
+#endif
+  for (int j = 0; j < kTileKeys; j++) {
+    Key *to = copy + j * width;
+    if (j >= num_keys || d.cache.width < width)
+      memset(to, 0, size_t(width) * sizeof(Key));
+    if (j < num_keys)
+      copy_row(to, cached(d.cache, pages, first + j), d.cache.width);
+  }
+  return copy;
+}
+
+// One chunk of keys of one row, all heads.
 static void decode_chunk(const K2Decode &d, int64_t row, int64_t chunk, float *partial) {
   const int width = int(round_up(d.cache.width, 32)), value_width = int(round_up(d.latent_width, 16));
   const int64_t groups = (d.num_heads + kLanes - 1) / kLanes;
   const size_t query_bytes = size_t(groups) * size_t(width) * kLanes * sizeof(Query);
   const size_t key_bytes = size_t(kTileKeys) * size_t(width) * sizeof(Key);
   const size_t value_bytes = size_t(kTileKeys) * size_t(value_width) * sizeof(Value);
-  const size_t sum_bytes = size_t(groups) * kLanes * size_t(value_width) * 4;
-  uint8_t *memory = (uint8_t *)k2_scratch(K2_SCRATCH_SUMS, query_bytes + key_bytes + value_bytes + sum_bytes);
+  uint8_t *memory = (uint8_t *)k2_scratch(K2_SCRATCH_SUMS, query_bytes + key_bytes + value_bytes);
   Query *queries = (Query *)memory;
-  Key *keys = (Key *)(memory + query_bytes);
+  Key *copy = (Key *)(memory + query_bytes);
   Value *values = (Value *)(memory + query_bytes + key_bytes);
-  float *sums = (float *)(memory + query_bytes + key_bytes + value_bytes);
   Lanes lanes[16];
-  memset(queries, 0, query_bytes);
-  memset(keys, 0, key_bytes);
-  for (int64_t h = 0; h < d.num_heads; h++)
-    for (int64_t k = 0; k < d.cache.width; k++)
-      put_query(queries + (h / kLanes) * width * kLanes, int(h % kLanes), k,
-                d.q[row * d.q_row_stride + h * d.cache.width + k]);
+  float *sums = partial + groups * kLanes * 2;
+  auto lanes_of = [&](int64_t g) { return int(least(kLanes, d.num_heads - g * kLanes)); };
   for (int64_t g = 0; g < groups; g++) {
+    put_queries(queries + g * width * kLanes, d.q + row * d.q_row_stride + g * kLanes * d.cache.width, d.cache.width,
+                lanes_of(g), d.cache.width, width);
     lanes[g].sum = sums + g * kLanes * value_width;
     clear(lanes[g], value_width);
   }
@@ -33,61 +52,57 @@ static void decode_chunk(const K2Decode &d, int64_t row, int64_t chunk, float *p
   begin_attention();
   for (int64_t first = begin; first < end; first += kTileKeys) {
     const int num_keys = int(least(kTileKeys, end - first));
-    auto at = [&](int j) -> const bf16 * { return j < num_keys ? cached(d.cache, pages, first + j) : nullptr; };
-    for (int j = 0; j < kTileKeys; j++)
-      if (const bf16 *from = at(j))
-        copy_row(keys + j * width, from, d.cache.width);
-      else
-        memset(keys + j * width, 0, size_t(width) * sizeof(Key));
-    lay_values(values, d.latent_width, at);
+    const Key *keys = tile_of(d, pages, first, num_keys, width, copy);
+    lay_values(values, d.latent_width,
+               [&](int j) -> const bf16 * { return j < num_keys ? cached(d.cache, pages, first + j) : nullptr; });
     for (int64_t g = 0; g < groups; g++) {
-      const int num_lanes = int(least(kLanes, d.num_heads - g * kLanes));
       int limit[kLanes];
       for (int i = 0; i < kLanes; i++)
-        limit[i] = i < num_lanes ? num_keys : 0;
-      attend_tile(queries + g * width * kLanes, keys, width, values, value_width, limit, d.scale, num_lanes,
+        limit[i] = i < lanes_of(g) ? num_keys : 0;
+      attend_tile(queries + g * width * kLanes, keys, width, values, value_width, limit, d.scale, lanes_of(g),
                   lanes[g]);
     }
   }
   end_attention();
-  for (int64_t h = 0; h < d.num_heads; h++) {
-    float *to = partial + h * (2 + value_width);
-    const Lanes &of = lanes[h / kLanes];
-    to[0] = of.m[h % kLanes], to[1] = of.l[h % kLanes];
-    memcpy(to + 2, of.sum + (h % kLanes) * value_width, size_t(value_width) * 4);
+  for (int64_t g = 0; g < groups; g++) {
+    memcpy(partial + g * kLanes * 2, lanes[g].m, sizeof(lanes[g].m));
+    memcpy(partial + g * kLanes * 2 + kLanes, lanes[g].l, sizeof(lanes[g].l));
   }
 }
 
 // One head of one row from its chunks, in order.
 static void decode_merge(const K2Decode &d, int64_t row, int64_t head, const float *partial) {
-  const int64_t value_width = round_up(d.latent_width, 16), entry = 2 + value_width;
-  const int64_t chunks = (d.length[row] + kChunkKeys - 1) / kChunkKeys;
-  auto part = [&](int64_t c) { return partial + (c * d.num_heads + head) * entry; };
+  const int64_t value_width = round_up(d.latent_width, 16), entry = entry_of(d);
+  const int64_t groups = (d.num_heads + kLanes - 1) / kLanes, chunks = (d.length[row] + kChunkKeys - 1) / kChunkKeys;
+  const int64_t at = head / kLanes * kLanes * 2 + head % kLanes;
+  auto m_of = [&](int64_t c) { return partial[c * entry + at]; };
   float m = -1e30f;
   bool is_nan = false;
   for (int64_t c = 0; c < chunks; c++) {
-    m = part(c)[0] > m ? part(c)[0] : m;
-    is_nan = is_nan || part(c)[0] != part(c)[0];
+    m = m_of(c) > m ? m_of(c) : m;
+    is_nan = is_nan || m_of(c) != m_of(c);
   }
   if (is_nan)
     m = __builtin_nanf("");
+  float *sum = (float *)k2_scratch(K2_SCRATCH_SUMS, size_t(value_width) * 4);
+  memset(sum, 0, size_t(value_width) * 4);
   Vec l = zero();
-  for (int64_t c = 0; c < chunks; c++)
-    l = fma(set1(part(c)[1]), exp_of_negative(set1(part(c)[0] - m)), l);
+  for (int64_t c = 0; c < chunks; c++) {
+    const Vec share = exp_of_negative(set1(m_of(c) - m));
+    const float *from = partial + c * entry + groups * kLanes * 2 + head * value_width;
+    l = fma(set1(partial[c * entry + at + kLanes]), share, l);
+    for (int64_t v = 0; v < value_width; v += 16)
+      store(sum + v, fma(load(from + v), share, load(sum + v)));
+  }
   for (int64_t v = 0; v < d.latent_width; v += 16) {
-    Vec sum = zero();
-    for (int64_t c = 0; c < chunks; c++)
-      sum = fma(load(part(c) + 2 + v), exp_of_negative(set1(part(c)[0] - m)), sum);
-    const Vec out = sum / l + zero(); // one zero: a tile of exact zeros may have turned -0 into 0
-    bf16 *to = d.out + (row * d.num_heads + head) * d.latent_width + v;
-    const int n = int(least(16, d.latent_width - v));
-    n == 16 ? store_bf16(to, out) : store_bf16_some(to, out, n);
+    const Vec out = load(sum + v) / l + zero(); // one zero: a tile of exact zeros may have turned -0 into 0
+    put_bf16(d.out + (row * d.num_heads + head) * d.latent_width + v, out, d.latent_width - v);
   }
 }
 
 static void mla_decode(int threads, const K2Decode *args) {
   const K2Decode &d = *args;
-  const int64_t entry = d.num_heads * (2 + round_up(d.latent_width, 16));
+  const int64_t entry = entry_of(d);
   for (int64_t done = 0; done < d.num_rows;) {
     int64_t num_rows = 0, num_chunks = 0; // as many rows as partial sums may take memory, at least one
     while (done + num_rows < d.num_rows) {
@@ -112,9 +127,9 @@ static void mla_decode(int threads, const K2Decode *args) {
         tasks[n++] = {done + r, c};
     }
     parallel(threads, n, [&](int64_t i) { decode_chunk(d, tasks[i].row, tasks[i].chunk, partial + i * entry); });
-    parallel(threads, num_rows, [&](int64_t r) {
-      for (int64_t h = 0; h < d.num_heads; h++)
-        decode_merge(d, done + r, h, partial + begin[r] * entry);
+    parallel(threads, num_rows * d.num_heads, [&](int64_t i) {
+      const int64_t r = i / d.num_heads;
+      decode_merge(d, done + r, i % d.num_heads, partial + begin[r] * entry);
     });
     done += num_rows;
   }

@@ -40,12 +40,7 @@ static void prompt_task(const K2Prefill &a, int64_t head, int64_t first, const K
   Lanes lanes;
   lanes.sum = (float *)(memory + query_bytes);
   clear(lanes, value_width);
-  memset(q, 0, query_bytes);
-  for (int i = 0; i < num_lanes; i++) {
-    const bf16 *from = a.q + (first + i) * a.q_row_stride + head * a.q_head_stride;
-    for (int64_t k = 0; k < a.nope + a.rope; k++)
-      put_query(q, i, k, from[k]);
-  }
+  put_queries(q, a.q + first * a.q_row_stride + head * a.q_head_stride, a.q_row_stride, num_lanes, a.nope + a.rope, width);
   begin_attention();
   for (int64_t begin = 0; begin < a.start + first + num_lanes; begin += kTileKeys) {
     int limit[kLanes];
