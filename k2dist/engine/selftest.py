@@ -2,10 +2,10 @@
 
     read again  ── its bytes are those of the manifest, if `k2dist verify` has written one
       └ laid out again ── what lies in this rank's slots has the same bits
-      └ in float64 ── the kernels compute the same on a short sequence, half layer by half layer
+      └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer, as stored and as laid out. No other rank takes part.
+beyond the weights is one decoder layer, as stored and as laid out, and the next one's bytes. No other rank takes part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from k2dist.checkpoint import CheckpointFiles
 from k2dist.checkpoint.manifest import ManifestChecker, find_checker
 from k2dist.config import Architecture
-from k2dist.engine.kernel_check import KernelCheck
+from k2dist.engine.kernel_check import KernelCheck, layers_to_check
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
@@ -69,8 +70,7 @@ def self_test(
     rank = f"world rank {world_rank}"
     test = _SelfTest(architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens)
     with CheckpointFiles(model_dir) as files, torch.inference_mode():
-        for layer, part in _by_layer(plan):
-            tensors = files.read_all(part)
+        for layer, part, tensors in _read_ahead(files, plan):
             if checker is not None:
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
             _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
@@ -107,6 +107,7 @@ class _SelfTest:
         self._kernels = kernels
         self._check = KernelCheck(architecture, place, tp, page_tokens, kernels)
         self._check.begin(weights.lane)
+        self._layers_to_check = layers_to_check(architecture)
         self._head: dict[str, Tensor] = {}  # its tensors, kept until the stream has come there
 
     @property
@@ -130,7 +131,7 @@ class _SelfTest:
             yield from look.experts(self._weights.experts[moe_layer], experts, layer, slots)
 
     def kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        if layer is None:
+        if layer is None or layer not in self._layers_to_check:
             return
         lane, experts = self._weights.lane, None
         if self._architecture.is_moe_layer(layer):
@@ -148,6 +149,20 @@ class _SelfTest:
         again = assemble_ends(tensors, self._architecture, tp_rank, self._tp, self._kernels)
         yield from look.ends(lane, again)
         self._head = {name: tensors[name] for name in ("model.norm.weight", "lm_head.weight")}
+
+
+def _read_ahead(
+    files: CheckpointFiles, plan: ShardPlan
+) -> Iterator[tuple[int | None, ShardPlan, dict[str, Tensor]]]:
+    """Each part of `_by_layer` with its tensors; the next one is read while this one is tested."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        parts = list(_by_layer(plan))
+        coming = reader.submit(files.read_all, parts[0][1]) if parts else None
+        for (layer, part), following in zip_longest(parts, parts[1:]):
+            assert coming is not None
+            tensors = coming.result()
+            coming = reader.submit(files.read_all, following[1]) if following else None
+            yield layer, part, tensors
 
 
 def _by_layer(plan: ShardPlan) -> Iterator[tuple[int | None, ShardPlan]]:
