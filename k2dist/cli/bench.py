@@ -8,6 +8,7 @@ from k2dist.cli.bench_bits import bits
 from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
 from k2dist.cli.bench_offline import offline
+from k2dist.cli.bench_random_model import random_model
 from k2dist.cli.bench_scheduler import scheduler
 
 bench = typer.Typer(help="Measure parts of the system on this machine.", no_args_is_help=True)
@@ -16,3 +17,4 @@ bench.command()(offline)
 bench.command()(bits)
 bench.command()(grammar)
 bench.command()(latency)
+bench.command("random-model")(random_model)

@@ -5,12 +5,12 @@ there, so roundings do not add up, and the experts are those that the kernels ch
 they give is held against float64 (`plain_layer`). That twin serves for every kernel set, the reference
 included, whose own twin would be itself.
 
-Which layers, which rows: the same kernels serve all layers and all slots, and what they read there is compared
-bit for bit with what was read again (`resident`). So a wrong kernel shows in any layer of its kind, and in any
-row: the first dense and the first MoE layer and the last are taken. Attention and dense products are compared
-in every row, as many as make more than one tile and page; experts in four rows, with at most 4 top_k of them,
-for each is dequantised to float64 by itself. What a set does in one call (`k2kernels.whole`) must have the bits
-of its single steps here too.
+Which layers, which rows: the same kernels serve all layers and all slots, and what they read there is
+compared bit for bit with what was read again (`resident`). So a wrong kernel shows in any layer of its kind,
+and in any row: the first dense and the first MoE layer and the last are taken. Attention and dense products
+are compared in every row, enough for more than one tile and page; experts in four rows, for each expert is
+made float64 by itself. What a set does in one call (`k2kernels.whole`) must have the bits of its single
+steps here too.
 
     prompt rows ── decompressed ─┐
     generated rows ── absorbed ──┴─ attention | router | experts | shared expert or dense MLP | head

@@ -5,7 +5,8 @@
       └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer, as stored and as laid out, and the next one's bytes. No other rank takes part.
+beyond the weights is one decoder layer, as stored and as laid out, and the next one as stored. No other rank
+takes part.
 """
 
 from __future__ import annotations

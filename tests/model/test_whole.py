@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="no native kernels were built h
 
 
 class Rank:
-    """One rank with all of a model. `step`: a prompt, then generated rows: their logits, latents, and loads."""
+    """One rank with all of a model. `step`: a prompt, then generated rows: logits, latents and loads."""
 
     def __init__(self, model_dir: Path, kernels: KernelSet) -> None:
         self.architecture = read_architecture(model_dir)
