@@ -65,6 +65,12 @@ class SecondLook:
             full = tuple(f"model.layers.{layer}.{name}" for name in names)
             yield from self._faults(_at(here, part), _at(there, part), full)
 
+    def are_same(self, resident: Experts, again: Experts, first: int, num_slots: int) -> bool:
+        """Whether slots [first, first + num_slots) hold what those of `again` do."""
+        here, there = _leaves(resident), _leaves(again)
+        _check_named(here, _EXPERT_PARTS)
+        return all(_same(_in_slot(here, first + i), _in_slot(there, i)) for i in range(num_slots))
+
     def experts(self, resident: Experts, again: Experts, layer: int, slots: Sequence[int]) -> Iterator[str]:
         """Faults of the experts of one layer; `slots`: who should be in which."""
         here, there = _leaves(resident), _leaves(again)

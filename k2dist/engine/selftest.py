@@ -29,11 +29,12 @@ from k2dist.engine.kernel_check import KernelCheck, layers_to_check
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
-from k2dist.model.weights import Weights, assemble_ends, assemble_layer
+from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots
 from k2dist.parallel import Layout, RankPlace, ShardPlan, TensorRead, shard_plan
 
 NUM_FAULTS_SHOWN = 5
 NUM_HASH_THREADS = 4
+SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
 _LAYERS = "model.layers."
 
 
@@ -120,16 +121,24 @@ class _SelfTest:
         if layer is None:
             yield from self._end_faults(look, tensors)
             return
-        again, experts = assemble_layer(
-            tensors, self._architecture, self._place, self._tp, self._kernels, layer
-        )
-        if again is not None:
-            assert self._weights.lane is not None
-            yield from look.layer(self._weights.lane.layers[layer], again, layer)
-        if experts is not None:
-            moe_layer = layer - self._architecture.first_dense_layers
-            slots = self._place.experts[moe_layer]
-            yield from look.experts(self._weights.experts[moe_layer], experts, layer, slots)
+        architecture, kernels, lane = self._architecture, self._kernels, self._weights.lane
+        if lane is not None:
+            again = assemble_lane_layer(tensors, architecture, self._tp, kernels, layer)
+            yield from look.layer(lane.layers[layer], again, layer)
+        if architecture.is_moe_layer(layer):
+            yield from self._expert_faults(look, layer, tensors)
+
+    def _expert_faults(self, look: SecondLook, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        """A few slots at a time; all of a layer only where one of them differs, to say whose it is."""
+        moe_layer = layer - self._architecture.first_dense_layers
+        resident, slots = self._weights.experts[moe_layer], self._place.experts[moe_layer]
+        for first in range(0, len(slots), SLOTS_AT_ONCE):
+            some = slots[first : first + SLOTS_AT_ONCE]
+            again = assemble_slots(tensors, self._architecture, some, self._kernels, layer)
+            if not look.are_same(resident, again, first, len(some)):
+                every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
+                yield from look.experts(resident, every, layer, slots)
+                return
 
     def kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if layer is None or layer not in self._layers_to_check:

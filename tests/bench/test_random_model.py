@@ -34,7 +34,7 @@ def test_it_can_be_served_and_is_not_overwritten(tmp_path: Path, monkeypatch: py
     assert architecture == read_architecture(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.text_bytes(tokenizer.encode("abcd")[0]) == b"abcd"
-    with LocalWorld(tmp_path, limits=Limits(step_tokens=64), num_pages=4) as world:
+    with LocalWorld(tmp_path, limits=Limits(step_tokens=512, max_running=4), num_pages=4) as world:
         (output,) = world.generate([[1, 2, 3]], Sampling(temperature=0.0, max_tokens=2, ignore_eos=True))
     assert len(output.token_ids) == 2
     with pytest.raises(UsageError, match="holds a model already"):
