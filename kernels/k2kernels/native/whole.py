@@ -41,6 +41,13 @@ class Whole:
         assert w_uv.num_slots <= HEADS_MAX, f"{w_uv.num_slots} heads, at most {HEADS_MAX}"
         assert x_TD.shape[1] == weights.qkv_a.num_inputs, f"x has {x_TD.shape[1]} columns"
         assert check(cos_PF, "cos", torch.float32, 2).shape[1] == rope // 2, "angles are of the rotary width"
+        q_rank, heads = check(weights.q_norm_Q, "q_norm", torch.bfloat16, 1).shape[0], w_uv.num_slots
+        check(weights.kv_norm_L, "kv_norm", torch.bfloat16, 1)
+        assert weights.qkv_a.num_outputs == q_rank + cache_CD.shape[1], "q_a and kv_a fill latent and key"
+        assert weights.q_b.num_outputs == heads * (w_uk.num_inputs + rope), "q_b gives each head its query"
+        assert w_uk.num_slots == heads, f"kv_b's keys are of {w_uk.num_slots} heads, its values of {heads}"
+        assert w_uk.num_outputs == w_uv.num_inputs == latent, "kv_b's latent width is the norm's"
+        assert weights.o.num_inputs == heads * w_uv.num_outputs, "o takes each head's values"
         layer = AttentionArgs(
             qkv_a=weights.qkv_a.packed.pointer,
             q_b=weights.q_b.packed.pointer,
@@ -49,8 +56,8 @@ class Whole:
             o=weights.o.packed.pointer,
             q_norm=weights.q_norm_Q.data_ptr(),
             kv_norm=weights.kv_norm_L.data_ptr(),
-            num_heads=w_uv.num_slots,
-            q_rank=weights.q_norm_Q.shape[0],
+            num_heads=heads,
+            q_rank=q_rank,
             latent=latent,
             nope=w_uk.num_inputs,
             rope=rope,
@@ -93,6 +100,7 @@ class Whole:
         assert router.w_ED.is_contiguous(), "the router's weights are contiguous"
         num_experts = check(router.w_ED, "w", torch.float32, 2).shape[0]
         assert width == experts.gate_up.num_inputs == router.w_ED.shape[1], f"x has {width} columns"
+        assert width == shared.gate_up.num_inputs == shared.down.num_outputs == experts.down.num_outputs
         assert check(slot_E, "slots", torch.int32, 1).shape[0] == num_experts, "every expert has a slot"
         y_TD = torch.empty(num_rows, width, dtype=torch.bfloat16)
         out_MD = torch.empty(num_rows * rule.top_k, width, dtype=torch.bfloat16)
