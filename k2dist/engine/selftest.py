@@ -25,6 +25,7 @@ from torch import Tensor
 from k2dist.checkpoint import CheckpointFiles
 from k2dist.checkpoint.manifest import ManifestChecker, find_checker
 from k2dist.config import Architecture
+from k2dist.engine.heap import release_freed_memory
 from k2dist.engine.kernel_check import KernelCheck, layers_to_check
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
@@ -81,6 +82,7 @@ def self_test(
             if progress is not None:
                 progress(num_bytes_tested, plan.num_bytes)
         _raise(FaultyRankError, rank, test.head_faults())
+    release_freed_memory()
     return SelfTestReport(
         num_tensors=len(plan.reads),
         num_bytes=plan.num_bytes,
