@@ -62,6 +62,14 @@ class TokenExchange(Protocol):
 
     def combine(self, out_MD: Tensor, ticket: Ticket) -> Tensor: ...
 
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        """Int32 [E], where every expert is on this rank and nothing needs to be dispatched; else None."""
+        ...
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        """Note what was computed without a dispatch: pairs of each slot."""
+        ...
+
 
 class Exchange:
     """One rank's side of the token exchange of every MoE layer. `comm` is the group of all world ranks.
@@ -160,6 +168,12 @@ class Exchange:
         home_ND = from_bytes(home_NB, out_MD.dtype)
         num_bytes = self._num_away(ticket.pairs_from) * out_MB.shape[1]
         return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1]), num_bytes
+
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        return self.slot_LE[moe_layer] if self.comm.size == 1 else None
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        self._load_Le[moe_layer] += counts_e
 
     def count(self, moe_layer: int, work: Dispatched, num_rows_away: int | Tensor, num_bytes: int) -> None:
         """Note a dispatch: what came for this rank's experts, and what left for other ranks'."""

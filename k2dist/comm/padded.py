@@ -96,6 +96,13 @@ class PaddedExchange:
         self.num_bytes_sent += num_bytes
         return out_TKD
 
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        """As of `Exchange`, where every row is one: of those that are none, nothing must be computed."""
+        return None if self._is_row_T is not None else self._exact.home_slots(moe_layer)
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        self._exact.count_at_home(moe_layer, counts_e)
+
     def _pack(
         self, capacity: Capacity, rows_TW: Tensor, slot_TK: Tensor, is_there_RTK: Tensor
     ) -> tuple[Tensor, Tensor]:

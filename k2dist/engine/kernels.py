@@ -67,6 +67,7 @@ def with_cpu_experts(kernels: KernelSet, dtype: str) -> KernelSet:
         versions=(*kernels.versions, *cpu.versions),
         prepare_grouped=cpu.prepare_grouped,
         whole_experts=experts,
+        whole_moe=None,  # it would look into what the CPU's set has laid out
     )
 
 

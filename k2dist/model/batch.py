@@ -42,7 +42,7 @@ class Batch:
     write_T: Tensor  # place in the cache: page * page_tokens + offset
     shares: tuple[int, ...]  # rows of each tp rank, contiguous, in rank order
     prompts: tuple[PromptSegment, ...]
-    decode_row_R: Tensor
+    decode_row_R: Tensor  # ascending
     decode_length_R: Tensor  # keys visible: position + 1
     decode_page_RP: Tensor
     sample_S: Tensor  # rows whose logits are wanted, in the order they are wanted
@@ -107,6 +107,7 @@ class Batch:
         owned = [i for prompt in self.prompts for i in range(prompt.row, prompt.row + prompt.num_rows)]
         owned += self.decode_row_R.tolist()
         assert sorted(owned) == list(range(self.num_rows)), "each row is of one segment or one decode row"
+        assert self.decode_row_R.tolist() == sorted(self.decode_row_R.tolist()), "decode rows ascend"
         assert sum(self.shares) == len(self.position_T) == len(self.write_T) == self.num_rows
         assert len(set(self.write_T.tolist())) == self.num_rows, "two rows write to one place"
         assert torch.equal(self.position_T[self.decode_row_R] + 1, self.decode_length_R)

@@ -45,7 +45,13 @@ def moe_pieces(
     architecture: Architecture,
     kernels: KernelSet,
 ) -> Pieces:
-    """`moe`, which stops before the experts and goes on with what they give."""
+    """`moe`, which stops before the experts and goes on with what they give. All in one call, and without a
+    stop, where the kernels can and nothing travels."""
+    if kernels.whole_moe is not None and (slot_E := exchange.home_slots(moe_layer)) is not None:
+        how = rule(architecture)
+        y_tD, counts_e = kernels.whole_moe(x_tD, weights.router, how, weights.shared, experts, slot_E)
+        exchange.count_at_home(moe_layer, counts_e)
+        return y_tD
     logit_tE = kernels.router_logits(x_tD, weights.router.w_ED)
     expert_tK, weight_tK = kernels.router_topk(logit_tE, weights.router.bias_E, rule(architecture))
     out_tKD = yield partial(
