@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo two-hosts test slow gpu lint manifests protos clean
+.PHONY: demo two-hosts test slow gpu gpu-carry lint manifests protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/k2dist demo
@@ -21,13 +21,20 @@ test: $(VENV)/installed-test
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --durations=10
 
-# With one CUDA device, in under 9 minutes: no Ray, nothing to install where PYTHON has torch and pytest.
+# With one CUDA device, in under 9 minutes: no Ray. Where PYTHON has torch, triton, numpy and pytest and nothing
+# else can be fetched, `make gpu-carry` elsewhere first: it unpacks the few wheels that the engine wants into .gpu.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/.gpu
 gpu:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: no CUDA device")'
-	$(GPU_PYTHON) -m pytest tests/kernels -m gpu --durations=10
-	$(GPU_PYTHON) -m k2kernels.bench --seconds 200
+	$(GPU_PYTHON) -m pytest tests/engine/test_gpu.py tests/comm/test_nccl.py tests/kernels -m gpu --durations=10
+	$(GPU_PYTHON) -m k2dist.rehearsal.device_step
+	$(GPU_PYTHON) -m k2kernels.bench --seconds 150
+
+GPU_WHEELS = msgspec tiktoken regex llguidance jinja2 markupsafe safetensors hypothesis sortedcontainers
+gpu-carry: $(VENV)/bin/python
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .gpu $(GPU_WHEELS)
+	cd .gpu && for wheel in *.whl; do $(CURDIR)/$(BIN)/python -m zipfile -e $$wheel . && rm $$wheel; done
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -328,3 +328,5 @@ class RankStats(Message, frozen=True, kw_only=True):
     num_masks_late: int  # steps whose forward pass was done before their masks were
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
     groups: tuple[GroupStats, ...] = ()  # those it is in; a group of one never waits, and is left out
+    num_steps_replayed: int = 0  # from graphs; all others ran eagerly
+    num_recorded: int = 0  # graphs, one for each size of a step

@@ -30,7 +30,7 @@ from k2dist.comm import (
     join_store,
 )
 from k2dist.config import read_architecture
-from k2dist.engine.sequences import even_shares
+from k2dist.engine.shares import even_shares
 from k2dist.ids import Generation
 from k2dist.model import decoder
 from k2dist.model.batch import Batch, PromptSegment
@@ -141,6 +141,7 @@ class _Rank:
             rule = CapacityRule.of(self._architecture, self._layout, order.capacity_factor)
             padded = PaddedExchange(self._exchange, rule.capacity(max(batch.shares)))
             logits_SV = self._forward(order, batch, padded)
+            self._exchange.num_bytes_sent += padded.num_bytes_sent
             return self._forward(order, batch, self._exchange) if padded.has_overflowed() else logits_SV
 
     def _forward(self, order: Order, batch: Batch, exchange: TokenExchange) -> Tensor:

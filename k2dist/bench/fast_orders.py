@@ -76,7 +76,7 @@ class PreReduced(Exchange):
         def add(out_t1D: Tensor, weight_tK: Tensor, shared_tD: Tensor, out_dtype: torch.dtype) -> Tensor:
             return (out_t1D[:, 0] + shared_tD).to(out_dtype)
 
-        return dataclasses.replace(base, router_topk=route, weighted_sum=add)
+        return dataclasses.replace(base, router_topk=route, weighted_sum=add, whole_moe=None)
 
     def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
         to_rank_RT = torch.zeros(self.comm.size, len(rows_TW), dtype=torch.bool)
@@ -102,8 +102,10 @@ class PreReduced(Exchange):
         out_TD = torch.zeros(ticket.num_rows, out_MD.shape[1])
         return out_TD.index_add_(0, self._row_N, home_ND.float())[:, None]
 
-    def _stay(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
-        work, ticket = super()._stay(moe_layer, rows_TW, expert_TK)
+    def stay(
+        self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor, is_row_T: Tensor | None = None
+    ) -> tuple[Dispatched, Ticket]:
+        work, ticket = super().stay(moe_layer, rows_TW, expert_TK, is_row_T)
         self._rows_from = [len(rows_TW)]
         self._k_M = ticket.arrived_M % ticket.top_k
         return work, ticket

@@ -10,6 +10,7 @@ from k2dist.cli.bench_grammar import grammar
 from k2dist.cli.bench_latency import latency
 from k2dist.cli.bench_load import load
 from k2dist.cli.bench_offline import offline
+from k2dist.cli.bench_random_model import random_model
 from k2dist.cli.bench_scheduler import scheduler
 from k2dist.cli.bench_serve import serve
 
@@ -22,3 +23,4 @@ bench.command()(latency)
 bench.command()(load)
 bench.command()(serve)
 bench.command()(gateway)
+bench.command("random-model")(random_model)

@@ -200,6 +200,8 @@ def listen_address(configured: str) -> str:
 
 
 def _set_threads(threads: int) -> None:
-    """Before torch is imported: OpenMP and MKL look at this once."""
+    """Before torch is imported: OpenMP and MKL look at this once. Waiting threads leave their cores to others
+    (`cli.environment` says why)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)

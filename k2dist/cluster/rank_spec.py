@@ -29,4 +29,8 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
         dtype=config.dtype,
         capacity_factor=config.exchange.capacity_factor,
         retain_s=config.service.retain_s,
+        device="cuda" if config.ranks.rank_gpus > 0 else "cpu",
+        experts_device=config.ranks.experts_device,
+        graphs=config.ranks.graphs,
+        split_tokens=config.exchange.split_tokens,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
+
 from k2dist.comm.communicator import Communicator
 from k2dist.errors import PeerError
 from k2dist.ids import Generation
@@ -26,6 +28,8 @@ class StepAgreement(Message, frozen=True, kw_only=True):
     # Rows of this lane are prompt rows, or decode rows [any]: lanes run prompts on the same steps.
     has_prompts: bool = False
     has_decodes: bool = False
+    num_pages: int = 0  # of the longest table of a decode row [the most]
+    can_replay: bool = False  # this rank replays steps that were recorded, where their form allows it [all]
 
 
 def agree(comm: Communicator, mine: StepAgreement) -> StepAgreement:
@@ -53,6 +57,8 @@ def combine(by_rank: Sequence[StepAgreement]) -> StepAgreement:
         is_stopping=any(word.is_stopping for word in by_rank),
         has_prompts=any(word.has_prompts for word in by_rank),
         has_decodes=any(word.has_decodes for word in by_rank),
+        num_pages=max(word.num_pages for word in by_rank),
+        can_replay=all(word.can_replay for word in by_rank),
     )
 
 
@@ -61,13 +67,5 @@ def _encode(word: StepAgreement) -> list[int]:
 
 
 def _decode(row: Sequence[int]) -> StepAgreement:
-    generation, step, num_rows, is_idle, is_stopping, has_prompts, has_decodes = row
-    return StepAgreement(
-        generation=Generation(generation),
-        step=step,
-        num_rows=num_rows,
-        is_idle=bool(is_idle),
-        is_stopping=bool(is_stopping),
-        has_prompts=bool(has_prompts),
-        has_decodes=bool(has_decodes),
-    )
+    named = dict(zip(StepAgreement.__struct_fields__, row, strict=True))
+    return msgspec.convert(named, StepAgreement, strict=False)

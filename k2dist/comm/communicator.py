@@ -25,6 +25,19 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def is_on_stream(self) -> bool:
+        """Calls are queued on the device's stream like kernels: they return before their rows are there, and
+        a graph may hold them. `settle` is where they are waited for."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all earlier calls are complete: before the host reads what may depend on one.
+
+        Not collective. Where calls are not on the stream they were awaited already.
+        """
+        ...
+
     def all_to_all_rows(self, x_ND: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
         """Rows of `x_ND`, ordered by destination, go out; rows ordered by source come back.
 

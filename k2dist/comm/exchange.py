@@ -62,6 +62,14 @@ class TokenExchange(Protocol):
 
     def combine(self, out_MD: Tensor, ticket: Ticket) -> Tensor: ...
 
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        """Int32 [E], where every expert is on this rank and nothing needs to be dispatched; else None."""
+        ...
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        """Note what was computed without a dispatch: pairs of each slot."""
+        ...
+
 
 class Exchange:
     """One rank's side of the token exchange of every MoE layer. `comm` is the group of all world ranks.
@@ -88,17 +96,25 @@ class Exchange:
         self.num_bytes_sent = 0
         self.num_steps_padded = 0
         self.num_overflows = 0  # of these, steps that were repeated
-        self._num_rows_sent = torch.zeros((), dtype=torch.int64, device=device)
-        self._load_Le = [_table([0] * num_slots, torch.int64, device) for num_slots in self.num_slots]
+        # int64 on `device`: rows sent to other ranks, then rows of each slot, layer by layer. The step that
+        # reads its tokens reads these beside them: whoever asks in between must not make the device wait.
+        self.counts = torch.zeros(1 + sum(self.num_slots), dtype=torch.int64, device=device)
+        self._num_rows_sent, *self._load_Le = self.counts.split([1, *self.num_slots])
+        self._noted = self.counts if device.type == "cpu" else torch.zeros_like(self.counts, device=_CPU)
+
+    def note(self, counts: Tensor) -> None:
+        """`counts`, read: what `num_rows_sent` and `expert_load` say from now on. On a CPU they always do."""
+        self._noted = counts
 
     @property
     def num_rows_sent(self) -> int:
-        """Since the start, to other ranks."""
-        return int(self._num_rows_sent)
+        """Since the start, to other ranks; as of the last `note`."""
+        return int(self._noted[0])
 
     def expert_load(self) -> tuple[tuple[int, ...], ...]:
-        """[moe layer][slot of this rank]: rows its expert was given since the start, from all ranks."""
-        return tuple(tuple(load_e.tolist()) for load_e in self._load_Le)
+        """[moe layer][slot of this rank]: rows its expert was given since the start, from all ranks; as of
+        the last `note`."""
+        return tuple(tuple(load_e.tolist()) for load_e in self._noted[1:].split(self.num_slots))
 
     def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
         """Send each row to the ranks of its experts; what this rank's experts must compute comes back.
@@ -108,15 +124,17 @@ class Exchange:
         num_rows, top_k = expert_TK.shape
         assert len(rows_TW) == num_rows, f"{len(rows_TW)} rows, experts for {num_rows}"
         if self.comm.size == 1:
-            return self._stay(moe_layer, rows_TW, expert_TK)
+            return self.stay(moe_layer, rows_TW, expert_TK)
         rank_TK = self.rank_LE[moe_layer][expert_TK]
         to_rank_RT = _destinations(rank_TK, self.comm.size)
+        self.comm.settle()  # here and below: the host reads counts
         send = to_rank_RT.sum(1).tolist()
         recv = self._exchange_counts(send)
 
         packed_NB = self._pack(moe_layer, rows_TW, expert_TK, rank_TK, to_rank_RT)
         arrived_NB = self.comm.all_to_all_rows(packed_NB, send, recv)
         num_away = self._num_away(send)
+        self.comm.settle()
         row_bytes = arrived_NB.shape[1] - top_k * SLOT_BYTES
         rows_NW = from_bytes(arrived_NB[:, :row_bytes], rows_TW.dtype)
         slot_NK = from_bytes(arrived_NB[:, row_bytes:], torch.int32)
@@ -131,18 +149,31 @@ class Exchange:
 
         Entry (t, k) is the output of row t's expert `expert_TK[t, k]`. Collective.
         """
+        out_TKD, num_bytes = self.bring_home(out_MD, ticket)
+        self.num_bytes_sent += num_bytes
+        return out_TKD
+
+    def bring_home(self, out_MD: Tensor, ticket: Ticket) -> tuple[Tensor, int]:
+        """`combine`, and the bytes that it sent to other ranks."""
         assert len(out_MD) == len(ticket.arrived_M), (
             f"{len(out_MD)} outputs for {len(ticket.arrived_M)} pairs"
         )
         if ticket.stays:
             home_ND = torch.empty_like(out_MD).index_copy_(0, ticket.arrived_M, out_MD)
-            return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
+            return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1]), 0
         out_MB = to_bytes(out_MD)
         arrival_MB = torch.empty_like(out_MB).index_copy_(0, ticket.arrived_M, out_MB)
         came_home_NB = self.comm.all_to_all_rows(arrival_MB, ticket.pairs_from, ticket.pairs_to)
-        self.num_bytes_sent += self._num_away(ticket.pairs_from) * out_MB.shape[1]
         home_NB = came_home_NB.index_select(0, ticket.home_TK)
-        return from_bytes(home_NB, out_MD.dtype).view(ticket.num_rows, ticket.top_k, out_MD.shape[1])
+        home_ND = from_bytes(home_NB, out_MD.dtype)
+        num_bytes = self._num_away(ticket.pairs_from) * out_MB.shape[1]
+        return home_ND.view(ticket.num_rows, ticket.top_k, out_MD.shape[1]), num_bytes
+
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        return self.slot_LE[moe_layer] if self.comm.size == 1 else None
+
+    def count_at_home(self, moe_layer: int, counts_e: Tensor) -> None:
+        self._load_Le[moe_layer] += counts_e
 
     def count(self, moe_layer: int, work: Dispatched, num_rows_away: int | Tensor, num_bytes: int) -> None:
         """Note a dispatch: what came for this rank's experts, and what left for other ranks'."""
@@ -150,18 +181,25 @@ class Exchange:
         self._num_rows_sent += num_rows_away
         self.num_bytes_sent += num_bytes
 
-    def _stay(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
-        """`dispatch` of a world of one: the same pairs in the same order, and nothing is moved.
+    def stay(
+        self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor, is_row_T: Tensor | None = None
+    ) -> tuple[Dispatched, Ticket]:
+        """`dispatch` of a world of one: the same pairs in the same order. Nothing moves or is read back.
+
+        Rows that are none (bool `is_row_T`; None: all are) get no outputs.
 
         Not the general way with one rank: that is 40 calls of torch a layer, half the time of a decode step
         on a CPU.
         """
         num_rows, top_k = expert_TK.shape
-        slot_N = self.slot_LE[moe_layer][expert_TK.flatten()]
-        counts_e = slot_N.bincount(minlength=self.num_slots[moe_layer])
-        slot_M, order_M = slot_N.sort(stable=True)
+        num_slots = self.num_slots[moe_layer]
+        slot_TK = self.slot_LE[moe_layer][expert_TK]
+        if is_row_T is not None:
+            slot_TK = slot_TK.where(is_row_T[:, None], num_slots)
+        slot_M, order_M = slot_TK.flatten().sort(stable=True)
+        slot_M, counts_e = counted(slot_M.long(), num_slots)
         self._load_Le[moe_layer] += counts_e
-        work = Dispatched(rows_TW, order_M.div(top_k, rounding_mode="floor"), slot_M.long(), counts_e)
+        work = Dispatched(rows_TW, order_M.div(top_k, rounding_mode="floor"), slot_M, counts_e)
         pairs = [num_rows * top_k]
         return work, Ticket(num_rows, top_k, order_M, order_M, pairs, pairs, stays=True)
 
@@ -169,7 +207,9 @@ class Exchange:
         """How many rows each rank will send to this one."""
         ones = [1] * self.comm.size
         count_R1 = _table(send, torch.int64, self.device)[:, None]
-        recv: list[int] = self.comm.all_to_all_rows(count_R1, ones, ones)[:, 0].tolist()
+        count_R1 = self.comm.all_to_all_rows(count_R1, ones, ones)
+        self.comm.settle()
+        recv: list[int] = count_R1[:, 0].tolist()
         return recv
 
     def _pack(
@@ -206,6 +246,13 @@ def _destinations(rank_TK: Tensor, size: int) -> Tensor:
     to_rank_RT = torch.zeros(size, len(rank_TK), dtype=torch.bool, device=rank_TK.device)
     to_rank_RT[rank_TK, torch.arange(len(rank_TK), device=rank_TK.device)[:, None].expand_as(rank_TK)] = True
     return to_rank_RT
+
+
+def counted(slot_M: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Slots with -1 for `num_slots`, nobody's, and the pairs of each: int64 [M] and [e]. Not bincount: that
+    asks the device for the largest."""
+    counts_e = slot_M.new_zeros(num_slots + 1).scatter_add_(0, slot_M, torch.ones_like(slot_M))
+    return slot_M.masked_fill(slot_M == num_slots, -1), counts_e[:num_slots]
 
 
 def _table(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

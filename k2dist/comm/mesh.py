@@ -42,6 +42,13 @@ class MeshCommunicator(ABC):
     def size(self) -> int:
         return self._size
 
+    @property
+    def is_on_stream(self) -> bool:
+        return False
+
+    def settle(self) -> None:
+        assert not self.is_on_stream, "a transport whose calls are queued waits for them"
+
     def all_to_all_rows(self, x_ND: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
         return self._all_to_all(x_ND, send, recv, "all_to_all_rows")
 
@@ -64,7 +71,9 @@ class MeshCommunicator(ABC):
     def exchange_ints(self, row: Sequence[int]) -> list[list[int]]:
         ones = [1] * self._size
         row_NL = torch.tensor([list(row)], dtype=torch.int64).repeat(self._size, 1)
-        rows: list[list[int]] = self._all_to_all(row_NL, ones, ones, "exchange_ints").tolist()
+        row_RL = self._all_to_all(row_NL, ones, ones, "exchange_ints")
+        self.settle()
+        rows: list[list[int]] = row_RL.tolist()
         return rows
 
     def broadcast_bytes(self, data: bytes | None, source: int) -> bytes:
@@ -106,7 +115,9 @@ class MeshCommunicator(ABC):
         x_N1 = torch.frombuffer(bytearray(data * self._size), dtype=torch.uint8) if sends else _NO_BYTES
         send = [num_bytes if sends else 0] * self._size
         recv = [num_bytes if r == source else 0 for r in range(self._size)]
-        return self._all_to_all(x_N1.view(-1, 1), send, recv, "broadcast_bytes").numpy().tobytes()
+        arrived_N1 = self._all_to_all(x_N1.view(-1, 1), send, recv, "broadcast_bytes")
+        self.settle()
+        return arrived_N1.numpy().tobytes()
 
 
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -95,22 +95,34 @@ class ProcessCommunicator(MeshCommunicator):
 
     def _swap(self, x_NB: Tensor, send: Sequence[int], recv: Sequence[int], call: str) -> Tensor:
         where = f"{call}, call {self._num_calls} of {self._name}"
+        group = self._open_group(where)
+        out_NB = torch.empty(sum(recv), x_NB.shape[1], dtype=torch.uint8, device=self._device)
+        try:
+            work = group.alltoall_base(out_NB, x_NB.to(self._device), list(recv), list(send))
+            self._await(work, where)
+        except RuntimeError as error:  # all that gloo and NCCL ever raise
+            self._broke(where, error)
+        self._num_calls += 1
+        return out_NB.to(x_NB.device)
+
+    def _open_group(self, where: str) -> Group:
+        """For the call `where`. Errors: what ended the group."""
         if self._fenced.is_set():
             self._end(None)
         if self._ended is not None:
             raise self._ended
-        if self._group is None:
+        group = self._group
+        if group is None:
             raise FencedError(f"{where}: fenced: join the next generation")
-        out_NB = torch.empty(sum(recv), x_NB.shape[1], dtype=torch.uint8, device=self._device)
-        try:
-            work = self._group.alltoall_base(out_NB, x_NB.to(self._device), list(recv), list(send))
-            self._await(work, where)
-        except RuntimeError as error:  # all that gloo and NCCL ever raise
-            self._end(None)
-            self._ended = self._peer_error(f"{where}: the connection broke ({cause(error)})")
-            raise self._ended from error
-        self._num_calls += 1
-        return out_NB.to(x_NB.device)
+        return group
+
+    def _broke(self, where: str, error: RuntimeError) -> NoReturn:
+        """A call failed: PeerError, with who is late or dead; FencedError if it was this rank's fence."""
+        self._end(None)
+        if self._fenced.is_set():
+            raise FencedError(f"{where}: fenced: join the next generation") from error
+        self._ended = self._peer_error(f"{where}: the connection broke ({cause(error)})")
+        raise self._ended from error
 
     def _await(self, work: Work, where: str) -> None:
         """Wait for one call. Errors: FencedError; PeerError: given up on; RuntimeError: it failed."""

@@ -69,6 +69,11 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
     # that does not fit is computed twice. None: exact, at one more exchange in each layer. On a CPU over gloo
     # the two take equally long; what has to be captured as a graph needs a capacity, and 1.25 is a start.
     capacity_factor: Annotated[float, Meta(ge=1)] | None = None
+    # Rows of a step from which it is computed in two halves where exchanges are exact, one's exchange behind
+    # the other's attention. Less: more is hidden, and weights are read twice more often. None: never. Over
+    # gloo it never paid, since both need the cores (2 of them: 0.43 s for 0.44 at 1,024 rows a lane, 0.12 for
+    # 0.085 at 128).
+    split_tokens: Count | None = None
 
 
 class RanksConfig(Message, frozen=True, kw_only=True):
@@ -79,6 +84,11 @@ class RanksConfig(Message, frozen=True, kw_only=True):
     allow_mix: bool = False
     rank_cpus: Annotated[float, Meta(gt=0)] = 1.0  # share of the cores Ray counts; a fraction oversubscribes
     rank_gpus: Annotated[float, Meta(ge=0)] = 0.0  # 1 on GPU machines, 0 where ranks compute on the CPU
+    # cpu: experts' weights stay in the machine's memory and are computed there, all else on the GPU: a model
+    # that the GPUs do not hold, at the speed of that memory. auto: with all else.
+    experts_device: Literal["auto", "cpu"] = "auto"
+    # Of generated rows alone on GPUs: auto: recorded and replayed. off: to look for a fault without them.
+    graphs: Literal["auto", "off"] = "auto"
     threads: Count = 1  # of each rank's arithmetic; more than its cores only makes them wait for each other
     # Of lanes, without nodes.num_nodes. pack: on few machines; spread: on many; strict_*: so or not at all.
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
@@ -247,6 +257,11 @@ def faults_between(config: ClusterConfig) -> Iterator[str]:
                 f"{'127.0.0.1:50051' if name == 'grpc' else '127.0.0.1:8000'}"
             )
     yield from _tls_faults(config.service.tls)
+    if config.exchange.split_tokens is not None and config.ranks.rank_gpus > 0 and config.parallel.tp > 1:
+        yield (
+            f"exchange.split_tokens={config.exchange.split_tokens}: on GPUs a lane's group and the "
+            f"world's would work at once, and two NCCL groups may wait for each other; use tp=1, or null"
+        )
     world_size, num_nodes = config.parallel.world_size, config.nodes.num_nodes
     if num_nodes is not None and world_size % num_nodes:
         yield (

@@ -7,7 +7,8 @@ here knows of Ray, gRPC or HTTP.
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import LocalWorld
-from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime, RankSpec
+from k2dist.engine.runtime import Bells, LoadReport, RankComms, RankRuntime
+from k2dist.engine.spec import RankSpec
 
 __all__ = [
     "Bells",

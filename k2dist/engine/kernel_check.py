@@ -1,9 +1,16 @@
-"""Do this rank's kernels compute K2 on this rank's weights? A short sequence through every layer says so.
+"""Do this rank's kernels compute K2 on this rank's weights? A short sequence through some layers says so.
 
 The rank acts alone with what it holds (`solo`). Each half layer starts from the stream that the kernels have
 there, so roundings do not add up, and the experts are those that the kernels chose, so none can flip. What
 they give is held against float64 (`plain_layer`). That twin serves for every kernel set, the reference
 included, whose own twin would be itself.
+
+Which layers, which rows: the same kernels serve all layers and all slots, and what they read there is
+compared bit for bit with what was read again (`resident`). So a wrong kernel shows in any layer of its kind,
+and in any row: the first dense and the first MoE layer and the last are taken. Attention and dense products
+are compared in every row, enough for more than one tile and page; experts in four rows, for each expert is
+made float64 by itself. What a set does in one call (`k2kernels.whole`) must have the bits of its single
+steps here too.
 
     prompt rows ── decompressed ─┐
     generated rows ── absorbed ──┴─ attention | router | experts | shared expert or dense MLP | head
@@ -14,6 +21,7 @@ T tokens, D hidden width, K experts of a token, E experts, V vocabulary rows of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from k2kernels import Experts, KernelSet
@@ -21,6 +29,7 @@ from torch import Tensor
 
 from k2dist.comm import Alone
 from k2dist.config import Architecture
+from k2dist.engine.load import CPU
 from k2dist.engine.plain_layer import PlainLayer
 from k2dist.engine.solo import solo_architecture, solo_batch, solo_cache, solo_exchange, solo_slot
 from k2dist.model.lane_step import LaneStep
@@ -34,22 +43,37 @@ NUM_GENERATED = 6
 # Shares of a row's norm: on average, and for the worst row. Served: a value between two e4m3 numbers may fall
 # to either, 6% of it; found on random and trained weights: 0.01 and 0.05. Float32: found were 1e-6 and 6e-6.
 TOLERANCE = {torch.bfloat16: (0.03, 0.2), torch.float32: (1e-4, 1e-3)}
+NUM_EXPERT_ROWS = 4
 SCORE_TOLERANCE = 1e-4  # of an expert's choice: nearer ones may be taken for each other
 VOCABULARY_ROWS_AT_ONCE = 8192
+
+
+def layers_to_check(architecture: Architecture) -> set[int]:
+    """See the module."""
+    first_moe = architecture.first_dense_layers
+    return {0, min(first_moe, architecture.num_layers - 1), architecture.num_layers - 1}
 
 
 class KernelCheck:
     """One rank's check, layer after layer in ascending order: `faults` names half layers that are off."""
 
     def __init__(
-        self, architecture: Architecture, place: RankPlace, tp: int, page_tokens: int, kernels: KernelSet
+        self,
+        architecture: Architecture,
+        place: RankPlace,
+        tp: int,
+        page_tokens: int,
+        kernels: KernelSet,
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._architecture = solo_architecture(architecture, tp)
         self._place = place
-        self._exchange = solo_exchange(architecture, place)
+        self._exchange = solo_exchange(architecture, place, device)
         self._kernels = kernels
+        self._in_steps = replace(kernels, whole_attention=None, whole_moe=None)
         self._num_tokens = min(NUM_TOKENS, architecture.max_positions)
-        self._cache = solo_cache(self._architecture, self._num_tokens, page_tokens, kernels)
+        self._cache = solo_cache(self._architecture, self._num_tokens, page_tokens, kernels, device)
         self._h_TD = torch.empty(0)
         self.worst = 0.0  # largest error so far, as a share of what was right
 
@@ -58,9 +82,11 @@ class KernelCheck:
         if lane is None:
             noise = torch.Generator().manual_seed(0)
             shape = (self._num_tokens, self._architecture.hidden_size)
-            self._h_TD = torch.randn(shape, generator=noise).to(self._kernels.dtype)
+            self._h_TD = torch.randn(shape, generator=noise).to(self._device, self._kernels.dtype)
         else:
-            token_T = torch.arange(self._num_tokens) * 7919 % self._architecture.vocab_size
+            token_T = (
+                torch.arange(self._num_tokens, device=self._device) * 7919 % self._architecture.vocab_size
+            )
             self._h_TD = lane.embed_vD[token_T]
 
     def layer(
@@ -101,10 +127,22 @@ class KernelCheck:
         num_tokens = self._num_tokens
         prompt_len = num_tokens - NUM_GENERATED
         for path, start, stop in (("prompt", 0, prompt_len), ("generated", prompt_len, num_tokens)):
-            batch = solo_batch(num_tokens, self._cache.page_tokens, start, stop, is_prompt=path == "prompt")
+            batch = solo_batch(
+                num_tokens,
+                self._cache.page_tokens,
+                start,
+                stop,
+                is_prompt=path == "prompt",
+                device=self._device,
+            )
             step = LaneStep(batch, self._cache, Alone(), self._architecture, self._kernels)
             parts.append(attention(x_TD[start:stop], index, layer.attention, step))
             name = f"layers.{index}.attention of {path} rows"
+            if self._kernels.whole_attention is not None and path == "generated":
+                in_steps = replace(step, kernels=self._in_steps)
+                yield from self._same(
+                    name, parts[-1], attention(x_TD[start:stop], index, layer.attention, in_steps)
+                )
             yield from self._compare(name, parts[-1], wanted_TD[start:stop])
         self._h_TD = self._h_TD + torch.cat(parts)
 
@@ -122,27 +160,43 @@ class KernelCheck:
         logit_TE = kernels.router_logits(x_TD, weights.router.w_ED)
         expert_TK, _ = kernels.router_topk(logit_TE, weights.router.bias_E, rule(self._architecture))
         yield from self._choice(index, expert_TK, plain_TD, plain)
-        wanted_TD = plain.swiglu(plain_TD, "mlp.shared_experts")
+        name, row_S = f"layers.{index}.mlp", self._expert_rows()
+        wanted_SD = plain.swiglu(plain_TD[row_S], "mlp.shared_experts")
         if self._place.experts[moe_layer]:
-            delta_TD = moe(x_TD, moe_layer, weights, experts, self._exchange, self._architecture, kernels)
-            weight_TK = self._weights(expert_TK, plain_TD, plain)
-            out_TKD = self._plain_experts(index, expert_TK, plain_TD, plain)
-            wanted_TD = wanted_TD + (weight_TK[:, :, None] * out_TKD).sum(1)
+            delta_TD = self._moe_delta(x_TD, moe_layer, weights, experts, kernels)
+            if kernels.whole_moe is not None:
+                in_steps_TD = self._moe_delta(x_TD, moe_layer, weights, experts, self._in_steps)
+                yield from self._same(name, delta_TD, in_steps_TD)
+            weight_SK = self._weights(expert_TK[row_S], plain_TD[row_S], plain)
+            out_SKD = self._plain_experts(index, expert_TK[row_S], plain_TD[row_S], plain)
+            wanted_SD = wanted_SD + (weight_SK[:, :, None] * out_SKD).sum(1)
         else:
             delta_TD = kernels.mlp(x_TD, weights.shared.gate_up, weights.shared.down, torch.float32)
-        yield from self._compare(f"layers.{index}.mlp", delta_TD, wanted_TD)
+        yield from self._compare(name, delta_TD[row_S], wanted_SD)
         self._h_TD = self._h_TD + delta_TD.to(kernels.dtype)
+
+    def _moe_delta(
+        self, x_TD: Tensor, moe_layer: int, weights: Moe, experts: Experts, kernels: KernelSet
+    ) -> Tensor:
+        return moe(x_TD, moe_layer, weights, experts, self._exchange, self._architecture, kernels)
+
+    def _expert_rows(self) -> Tensor:
+        """Prompt rows and generated ones."""
+        return torch.linspace(0, self._num_tokens - 1, NUM_EXPERT_ROWS, device=self._device).long()
 
     def _experts(self, index: int, experts: Experts, plain: PlainLayer) -> Iterator[str]:
         """A rank without a lane: every expert number in turn, unweighted."""
         a, moe_layer = self._architecture, index - self._architecture.first_dense_layers
         if not self._place.experts[moe_layer]:
             return
-        expert_TK = (torch.arange(self._num_tokens * a.top_k) % a.num_experts).view(-1, a.top_k)
+        expert_TK = (torch.arange(self._num_tokens * a.top_k, device=self._device) % a.num_experts).view(
+            -1, a.top_k
+        )
         out_TKD = through_experts(self._h_TD, expert_TK, moe_layer, experts, self._exchange, a, self._kernels)
-        wanted_TKD = self._plain_experts(index, expert_TK, self._h_TD.double(), plain)
+        row_S = self._expert_rows()
+        wanted_SKD = self._plain_experts(index, expert_TK[row_S], self._h_TD[row_S].double(), plain)
         yield from self._compare(
-            f"layers.{index}.mlp.experts", out_TKD.flatten(0, 1), wanted_TKD.flatten(0, 1)
+            f"layers.{index}.mlp.experts", out_TKD[row_S].flatten(0, 1), wanted_SKD.flatten(0, 1)
         )
 
     # -- in float64 ------------------------------------------------------------------------------------
@@ -178,6 +232,10 @@ class KernelCheck:
         missed = float((best_out_T - worst_in_T).max())
         if not missed <= SCORE_TOLERANCE:
             yield f"layers.{index}.mlp: the router passed over an expert that scores {missed:.2g} more"
+
+    def _same(self, name: str, whole_TD: Tensor, in_steps_TD: Tensor) -> Iterator[str]:
+        if not torch.equal(whole_TD, in_steps_TD):
+            yield f"{name}: kernels {self._kernels.name!r} give other bits in one call than in single steps"
 
     def _compare(self, name: str, found: Tensor, wanted: Tensor) -> Iterator[str]:
         off_T = (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)

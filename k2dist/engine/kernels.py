@@ -6,10 +6,12 @@ reference   plain torch: any dtype, slow
 """
 
 import logging
+from dataclasses import replace
 
 import torch
-from k2kernels import KernelSet
+from k2kernels import Experts, KernelSet, Prepared, QuantisedRows
 from k2kernels.native import NoNativeKernelsError
+from torch import Tensor
 
 from k2dist.errors import ConfigError
 from k2dist.observe.event_log import EventLog
@@ -28,6 +30,8 @@ def select_kernels(name: str, dtype: str, device: torch.device = CPU) -> KernelS
     match name:
         case "reference":
             return KernelSet.reference(_DTYPES[dtype])
+        case "native" if device.type != "cpu":
+            raise ConfigError(f"kernels='native': for CPUs; on {device.type} use 'auto' or 'triton'")
         case "native":
             return _native(dtype)
         case "triton":
@@ -35,6 +39,42 @@ def select_kernels(name: str, dtype: str, device: torch.device = CPU) -> KernelS
         case "auto":
             return KernelSet.triton(_DTYPES[dtype]) if device.type == "cuda" else _best(dtype)
     raise ConfigError(f"kernels={name!r}: use 'auto', 'native', 'triton' or 'reference'")
+
+
+def with_cpu_experts(kernels: KernelSet, dtype: str) -> KernelSet:
+    """`kernels`, and for the experts the best set of the CPU, where their weights are.
+
+    Rows and outputs travel between; the host waits for both. Rows are quantised before, as they always are.
+    """
+    cpu = _best(dtype)
+    assert cpu.return_dtype == kernels.return_dtype, "outputs go home in one dtype"
+
+    def experts(
+        x: Tensor | QuantisedRows,
+        row_M: Tensor,
+        counts_e: Tensor,
+        gate_up: Prepared,
+        down: Prepared,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        assert out_dtype == cpu.return_dtype
+        out_MD = cpu.experts(_on_cpu(x), row_M.cpu(), counts_e.cpu(), Experts(gate_up, down))
+        return out_MD.to(row_M.device)
+
+    return replace(
+        kernels,
+        name=f"{kernels.name}, experts {cpu.name}",
+        versions=(*kernels.versions, *cpu.versions),
+        prepare_grouped=cpu.prepare_grouped,
+        whole_experts=experts,
+        whole_moe=None,  # it would look into what the CPU's set has laid out
+    )
+
+
+def _on_cpu(x: Tensor | QuantisedRows) -> Tensor | QuantisedRows:
+    if isinstance(x, Tensor):
+        return x.cpu()
+    return QuantisedRows(x.q_TK.cpu(), x.scale_Tk.cpu(), x.block)
 
 
 def _native(dtype: str) -> KernelSet:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from k2dist.comm import Alone, Communicator, thread_group
 from k2dist.config import read_architecture
 from k2dist.engine.feed import Feed, Generated
 from k2dist.engine.lane import LanePort
-from k2dist.engine.runtime import RankComms, RankRuntime, RankSpec
+from k2dist.engine.runtime import RankComms, RankRuntime
+from k2dist.engine.spec import RankSpec
 from k2dist.errors import FencedError
 from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import RankProgress, Request, Sampling
@@ -47,6 +48,10 @@ class LocalWorld:
         kernels: str = "auto",
         dtype: str = "bfloat16",
         capacity_factor: float | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        experts_device: Literal["auto", "cpu"] = "auto",
+        graphs: Literal["auto", "off", "twin"] = "auto",
+        split_tokens: int | None = None,
         step_deadline_s: float = 60.0,
         retain_s: float = 60.0,
     ) -> None:
@@ -67,6 +72,10 @@ class LocalWorld:
                 dtype=dtype,
                 capacity_factor=capacity_factor,
                 retain_s=retain_s,
+                device=device,
+                experts_device=experts_device,
+                graphs=graphs,
+                split_tokens=split_tokens,
             )
 
         self.ranks = [RankRuntime(spec(w)) for w in range(self.layout.world_size)]

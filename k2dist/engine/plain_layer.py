@@ -51,27 +51,27 @@ class PlainLayer:
         latent_and_key = self._linear(x_TD, "self_attn.kv_a_proj_with_mqa")
         latent, key = latent_and_key.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         latent = self._norm(latent, "self_attn.kv_a_layernorm", a.inner_norm_eps)
-        kv = self._rounded(latent @ self._rounded(self._weight("self_attn.kv_b_proj")).T)
+        kv = self._rounded(latent @ self._rounded(self._weight("self_attn.kv_b_proj", x_TD.device)).T)
         k_nope, value = kv.unflatten(-1, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
         key_ThR = self._turned(key[:, None]).expand(-1, a.num_heads, -1)
         q_nope, q_rope = q_ThD.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
         q_ThD = torch.cat((q_nope, self._turned(q_rope)), dim=-1)[first_row:]
         k_ThD = torch.cat((k_nope, key_ThR), dim=-1)
         score_hST = torch.einsum("shd,thd->hst", q_ThD, k_ThD) * a.softmax_scale
-        later_ST = torch.ones(len(q_ThD), len(x_TD), dtype=torch.bool).triu(first_row + 1)
+        later_ST = torch.ones_like(score_hST[0], dtype=torch.bool).triu(first_row + 1)
         share_hST = score_hST.masked_fill_(later_ST, -torch.inf).softmax(-1)
         out_ShV = self._rounded(torch.einsum("hst,thv->shv", share_hST, value))
-        return self._quantised(out_ShV.flatten(1)) @ self._weight("self_attn.o_proj").T
+        return self._quantised(out_ShV.flatten(1)) @ self._weight("self_attn.o_proj", x_TD.device).T
 
     def swiglu(self, x_TD: Tensor, name: str) -> Tensor:
         """The MLP called `name` ("mlp", "mlp.shared_experts", "mlp.experts.7"): [T, D], not rounded."""
         gate, up = self._linear(x_TD, f"{name}.gate_proj"), self._linear(x_TD, f"{name}.up_proj")
         inner = self._rounded(gate * gate.sigmoid() * up)
-        return self._quantised(inner) @ self._weight(f"{name}.down_proj").T
+        return self._quantised(inner) @ self._weight(f"{name}.down_proj", x_TD.device).T
 
     def router_scores(self, x_TD: Tensor) -> Tensor:
         """Float64 [T, E], before the correction bias."""
-        return (x_TD @ self._weight("mlp.gate").T).sigmoid()
+        return (x_TD @ self._weight("mlp.gate", x_TD.device).T).sigmoid()
 
     @property
     def router_bias(self) -> Tensor:
@@ -81,17 +81,17 @@ class PlainLayer:
         weight = self._tensors[f"{self._prefix}{name}.weight"].double()
         return self._rounded(self._rounded(x / (x.square().mean(-1, keepdim=True) + eps).sqrt()) * weight)
 
-    def _weight(self, name: str) -> Tensor:
-        """Float64, dequantised."""
+    def _weight(self, name: str, device: torch.device) -> Tensor:
+        """Float64, dequantised, on `device`: experts' may lie elsewhere than the stream."""
         w = self._tensors[f"{self._prefix}{name}.weight"]
         scale = self._tensors.get(f"{self._prefix}{name}.weight{SCALE_SUFFIX}")
         if scale is None:
-            return w.double()
+            return w.to(device).double()
         assert self._architecture.scale_block is not None, f"{name} has scales"
-        return dequantise_block_fp8(w, scale, self._architecture.scale_block).double()
+        return dequantise_block_fp8(w.to(device), scale.to(device), self._architecture.scale_block).double()
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return self._rounded(self._quantised(x) @ self._weight(name).T)
+        return self._rounded(self._quantised(x) @ self._weight(name, x.device).T)
 
     def _quantised(self, x: Tensor) -> Tensor:
         """As a linear with scales reads it: e4m3 in groups of channels."""
@@ -106,7 +106,8 @@ class PlainLayer:
 
     def _turned(self, x_ThR: Tensor) -> Tensor:
         """Rotated by each position's angles: float32 products, as published, their cosines in float64."""
-        angle_TF = (torch.arange(len(x_ThR)).float()[:, None] * inv_freq(self._architecture)).double()
+        angle_TF = torch.arange(len(x_ThR)).float()[:, None] * inv_freq(self._architecture)
+        angle_TF = angle_TF.to(x_ThR.device).double()
         attention_factor = float(rope_table(self._architecture, 1).cos_PF[0, 0])
         pairs = torch.view_as_complex(x_ThR.unflatten(-1, (-1, 2)).contiguous())
         turned = torch.view_as_real(pairs * torch.exp(1j * angle_TF)[:, None]) * attention_factor

@@ -65,6 +65,12 @@ class SecondLook:
             full = tuple(f"model.layers.{layer}.{name}" for name in names)
             yield from self._faults(_at(here, part), _at(there, part), full)
 
+    def are_same(self, resident: Experts, again: Experts, first: int, num_slots: int) -> bool:
+        """Whether slots [first, first + num_slots) hold what those of `again` do."""
+        here, there = _leaves(resident), _leaves(again)
+        _check_named(here, _EXPERT_PARTS)
+        return all(_same(_in_slot(here, first + i), _in_slot(there, i)) for i in range(num_slots))
+
     def experts(self, resident: Experts, again: Experts, layer: int, slots: Sequence[int]) -> Iterator[str]:
         """Faults of the experts of one layer; `slots`: who should be in which."""
         here, there = _leaves(resident), _leaves(again)
@@ -164,7 +170,7 @@ def _same(here: _Leaves, there: _Leaves) -> bool:
 
 
 def _same_bits(here: Tensor, there: Tensor) -> bool:
-    return _form(here) == _form(there) and torch.equal(_bits(here), _bits(there))
+    return _form(here) == _form(there) and _equal(here, there)
 
 
 def _form(leaf: Tensor) -> tuple[torch.dtype, torch.Size]:
@@ -172,6 +178,19 @@ def _form(leaf: Tensor) -> tuple[torch.dtype, torch.Size]:
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _equal(here: Tensor, there: Tensor) -> bool:
+    """Eight bytes at a time where that goes: torch compares element by element, 1.3 GB/s of bytes."""
+    if here.is_contiguous() and there.is_contiguous() and here.nbytes % 8 == 0:
+        here, there = here.view(-1), there.view(-1)
+        if (
+            here.storage_offset() * here.element_size() % 8
+            == there.storage_offset() * there.element_size() % 8
+            == 0
+        ):
+            return torch.equal(here.view(torch.int64), there.view(torch.int64))
+    return torch.equal(_bits(here), _bits(there))
 
 
 def _bits(leaf: Tensor) -> Tensor:

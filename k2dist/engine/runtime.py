@@ -25,51 +25,36 @@ import msgspec
 import torch
 
 from k2dist.cache import PagePool
-from k2dist.checkpoint import load_shard
-from k2dist.comm import CapacityRule, Communicator
+from k2dist.comm import Communicator
 from k2dist.comm.agreement import StepAgreement, agree
 from k2dist.comm.exchange import Exchange
 from k2dist.comm.mesh import MeshCommunicator
 from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
+from k2dist.engine.forward import ForwardPass, Model
+from k2dist.engine.graphs import CudaRecorder, Recorder, TwinRecorder
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.identity import fingerprint
-from k2dist.engine.kernels import select_kernels
 from k2dist.engine.lane import LanePort
+from k2dist.engine.load import load_weights
 from k2dist.engine.load_progress import LoadProgress, Tell
 from k2dist.engine.masks import Masks
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
-from k2dist.engine.steps import Model, Step, Steps
+from k2dist.engine.spec import RankSpec
+from k2dist.engine.steps import Step, Steps
 from k2dist.grammar import Grammars
 from k2dist.ids import Generation
 from k2dist.messages import GroupStats, Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.weights import assemble
-from k2dist.parallel import Layout, expert_homes, shard_plan
+from k2dist.parallel import expert_homes, shard_plan
 from k2dist.parallel.fingerprint import Fingerprint
-from k2dist.scheduler import Limits, PrefillCadence, Scheduler
+from k2dist.scheduler import PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
 
 # Of those that torch has: masks are made while a device computes, and 32 take less than a millisecond.
 MASK_THREADS = 4
-
-
-class RankSpec(Message, frozen=True, kw_only=True):
-    """All that makes one rank what it is. `num_pages` pages of `page_tokens` tokens for its lane."""
-
-    model_dir: str
-    layout: Layout
-    world_rank: int
-    page_tokens: int
-    num_pages: int
-    limits: Limits
-    kernels: str = "auto"
-    dtype: str = "bfloat16"  # of the residual stream; float32: nothing but the weights is quantised
-    # Of the exchange in steps without prompts (config.cluster.ExchangeConfig); None: exact in all.
-    capacity_factor: float | None = None
-    retain_s: float = 60.0  # how long a lane remembers a request after its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +109,8 @@ class _Membership:
     comms: RankComms
     bells: Bells
     exchange: Exchange
+    passes: ForwardPass
+    can_replay: bool
 
 
 class RankRuntime:
@@ -133,7 +120,9 @@ class RankRuntime:
         self._spec = spec
         self._place = spec.layout.place(spec.world_rank)
         self._architecture = read_architecture(Path(spec.model_dir))
-        self._kernels = select_kernels(spec.kernels, spec.dtype)
+        self.device = spec.places.device
+        self._kernels = spec.select_kernels()
+        self._rule = spec.form_rule(self._architecture)
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
@@ -147,17 +136,12 @@ class RankRuntime:
         self._is_stopping = threading.Event()
         self._model: Model | None = None
         self._member: _Membership | None = None
-        self._device = DeviceThread(f"device-{spec.world_rank}")
+        self._thread = DeviceThread(f"device-{spec.world_rank}")
         self._num_steps = 0
         self._num_tokens = 0
         self._step_s_total = 0.0
         self._host_s_total = 0.0
         self._num_late = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where its rows are, and so what its groups must carry. Weights are loaded to the CPU so far."""
-        return torch.device("cpu")
 
     def fingerprint(self) -> Fingerprint:
         """What its peers must have in common with it."""
@@ -182,13 +166,14 @@ class RankRuntime:
 
     def stats(self) -> RankStats:
         exchange = None if self._member is None else self._member.exchange
+        passes = None if self._member is None else self._member.passes
         return RankStats(
             world_rank=self._spec.world_rank,
             num_steps=self._num_steps,
             num_tokens_sampled=self._num_tokens,
             step_s_total=self._step_s_total,
             host_s_total=self._host_s_total,
-            device_s_total=self._device.busy_s,
+            device_s_total=self._thread.busy_s,
             num_rows_sent=0 if exchange is None else exchange.num_rows_sent,
             num_bytes_sent=0 if exchange is None else exchange.num_bytes_sent,
             num_steps_padded=0 if exchange is None else exchange.num_steps_padded,
@@ -198,6 +183,8 @@ class RankRuntime:
             num_masks_late=self._num_late,
             expert_load=() if exchange is None else exchange.expert_load(),
             groups=() if self._member is None else self._member.comms.stats(time.monotonic()),
+            num_steps_replayed=0 if passes is None else passes.num_steps_replayed,
+            num_recorded=0 if passes is None else passes.num_recorded,
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------
@@ -210,16 +197,23 @@ class RankRuntime:
         started_s = time.monotonic()
         plan = shard_plan(self._architecture, self._spec.layout, self._spec.world_rank)
         progress = LoadProgress(plan.num_bytes, tell)
-        tensors = load_shard(Path(self._spec.model_dir), plan, progress.loaded)
-        num_tensors, num_bytes = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
-        weights = assemble(tensors, self._architecture, self._place, self._spec.layout.tp, self._kernels)
-        cache = None
-        if self._place.lane is not None:
-            cache = LatentCache.allocate(
-                self._architecture, self._spec.num_pages, self._spec.page_tokens, self._kernels
-            )
+        weights = load_weights(
+            Path(self._spec.model_dir),
+            plan,
+            self._architecture,
+            self._spec.layout,
+            self._kernels,
+            self._spec.places,
+            progress.loaded,
+        )
         self._model = Model(
-            weights, cache, self._architecture, self._kernels, self._spec.layout.tp, self._end_token_ids
+            weights,
+            self._spec.allocate_cache(self._architecture, self._kernels, self._rule),
+            self._architecture,
+            self._kernels,
+            self._spec.layout.tp,
+            self._end_token_ids,
+            self.device,
         )
         load_s = time.monotonic() - started_s
         report = self_test(
@@ -230,17 +224,27 @@ class RankRuntime:
             weights,
             self._kernels,
             page_tokens=self._spec.page_tokens,
+            places=self._spec.places,
             progress=progress.tested,
         )
-        return LoadReport(num_tensors=num_tensors, num_bytes=num_bytes, load_s=load_s, self_test=report)
+        return LoadReport(
+            num_tensors=len(plan.reads), num_bytes=plan.num_bytes, load_s=load_s, self_test=report
+        )
 
     def join(self, comms: RankComms, bells: Bells, generation: Generation) -> None:
-        """Become a member of `generation`, whose groups are `comms`. Not while `run` runs."""
+        """Become a member of `generation`, whose groups are `comms`. Not while `run` runs.
+
+        What was recorded holds the last generation's groups, and goes with them.
+        """
+        assert self._model is not None, "join before load"
         num_layers = self._architecture.num_moe_layers
         homes = [
             expert_homes(self._spec.layout, layer, self._place.world_rank) for layer in range(num_layers)
         ]
-        self._member = _Membership(generation, comms, bells, Exchange(comms.world, homes))
+        exchange = Exchange(comms.world, homes, self.device)
+        recorder = self._recorder(comms, self._model.cache)
+        passes = ForwardPass(self._model, comms.lane, exchange, recorder)
+        self._member = _Membership(generation, comms, bells, exchange, passes, recorder is not None)
 
     def run(self) -> None:
         """Step until stopped. A failure ends the port's requests with its reason and is raised."""
@@ -248,15 +252,16 @@ class RankRuntime:
         assert self._member is not None, "run before join"
         member = self._member
         try:
-            with self._device:
+            with self._thread:
                 steps = Steps(
                     self._model,
                     self._sequences,
                     self._guard,
                     member.comms.lane,
                     member.exchange,
-                    self._padding(),
-                    self._device,
+                    self._rule,
+                    member.passes,
+                    self._thread,
                 )
                 try:
                     self._run(member, steps)
@@ -293,9 +298,16 @@ class RankRuntime:
                     member.bells.ring_all(epoch)
                 epoch += 1
 
-    def _padding(self) -> CapacityRule | None:
-        factor = self._spec.capacity_factor
-        return None if factor is None else CapacityRule.of(self._architecture, self._spec.layout, factor)
+    def _recorder(self, comms: RankComms, cache: LatentCache | None) -> Recorder | None:
+        """None: this rank's groups are not of a sort that a graph can hold, or nobody wants one."""
+        if not self._spec.may_record(self._rule):
+            return None
+        if self._spec.graphs == "twin":
+            return TwinRecorder(lambda: None if cache is None else cache.spoil_spare())
+        if self._kernels.asks_device or (comms.lane is not None and not comms.lane.is_on_stream):
+            return None
+        are_calls_outside = self._spec.experts_device == "cpu" or not comms.world.is_on_stream
+        return CudaRecorder(calls_outside=are_calls_outside)
 
     def _word(self, member: _Membership, plan: StepPlan) -> StepAgreement:
         """What this rank says of the step that its lane has planned."""
@@ -308,6 +320,8 @@ class RankRuntime:
             is_stopping=self._is_stopping.is_set(),
             has_prompts=True in are_prompts,
             has_decodes=False in are_prompts,
+            num_pages=self._sequences.num_pages(plan),
+            can_replay=member.can_replay,
         )
 
     def _finish(self, steps: Steps, step: Step) -> float:

@@ -2,10 +2,11 @@
 
     read again  ── its bytes are those of the manifest, if `k2dist verify` has written one
       └ laid out again ── what lies in this rank's slots has the same bits
-      └ in float64 ── the kernels compute the same on a short sequence, half layer by half layer
+      └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer, as stored and as laid out. No other rank takes part.
+beyond the weights is one decoder layer, as stored and as laid out, and the next one as stored. No other rank
+takes part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -23,15 +25,18 @@ from torch import Tensor
 from k2dist.checkpoint import CheckpointFiles
 from k2dist.checkpoint.manifest import ManifestChecker, find_checker
 from k2dist.config import Architecture
-from k2dist.engine.kernel_check import KernelCheck
+from k2dist.engine.heap import release_freed_memory
+from k2dist.engine.kernel_check import KernelCheck, layers_to_check
+from k2dist.engine.load import ON_CPU, Places
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
-from k2dist.model.weights import Weights, assemble_ends, assemble_layer
+from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots
 from k2dist.parallel import Layout, RankPlace, ShardPlan, TensorRead, shard_plan
 
 NUM_FAULTS_SHOWN = 5
 NUM_HASH_THREADS = 4
+SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
 _LAYERS = "model.layers."
 
 
@@ -54,6 +59,7 @@ def self_test(
     kernels: KernelSet,
     *,
     page_tokens: int,
+    places: Places = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> SelfTestReport:
     """Test what `world_rank` holds and computes; returns if all is right.
@@ -67,18 +73,21 @@ def self_test(
     checker = find_checker(model_dir, architecture)
     plan = shard_plan(architecture, layout, world_rank)
     rank = f"world rank {world_rank}"
-    test = _SelfTest(architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens)
+    test = _SelfTest(
+        architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens, places.device
+    )
     with CheckpointFiles(model_dir) as files, torch.inference_mode():
-        for layer, part in _by_layer(plan):
-            tensors = files.read_all(part)
+        for layer, part, tensors in _read_ahead(files, plan):
             if checker is not None:
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
+            tensors = places.put(tensors)
             _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
             _raise(FaultyRankError, rank, test.kernel_faults(layer, tensors))
             num_bytes_tested += part.num_bytes
             if progress is not None:
                 progress(num_bytes_tested, plan.num_bytes)
         _raise(FaultyRankError, rank, test.head_faults())
+    release_freed_memory()
     return SelfTestReport(
         num_tensors=len(plan.reads),
         num_bytes=plan.num_bytes,
@@ -99,14 +108,16 @@ class _SelfTest:
         weights: Weights,
         kernels: KernelSet,
         page_tokens: int,
+        device: torch.device,
     ) -> None:
         self._architecture = architecture
         self._place = place
         self._tp = tp
         self._weights = weights
         self._kernels = kernels
-        self._check = KernelCheck(architecture, place, tp, page_tokens, kernels)
+        self._check = KernelCheck(architecture, place, tp, page_tokens, kernels, device)
         self._check.begin(weights.lane)
+        self._layers_to_check = layers_to_check(architecture)
         self._head: dict[str, Tensor] = {}  # its tensors, kept until the stream has come there
 
     @property
@@ -118,19 +129,27 @@ class _SelfTest:
         if layer is None:
             yield from self._end_faults(look, tensors)
             return
-        again, experts = assemble_layer(
-            tensors, self._architecture, self._place, self._tp, self._kernels, layer
-        )
-        if again is not None:
-            assert self._weights.lane is not None
-            yield from look.layer(self._weights.lane.layers[layer], again, layer)
-        if experts is not None:
-            moe_layer = layer - self._architecture.first_dense_layers
-            slots = self._place.experts[moe_layer]
-            yield from look.experts(self._weights.experts[moe_layer], experts, layer, slots)
+        architecture, kernels, lane = self._architecture, self._kernels, self._weights.lane
+        if lane is not None:
+            again = assemble_lane_layer(tensors, architecture, self._tp, kernels, layer)
+            yield from look.layer(lane.layers[layer], again, layer)
+        if architecture.is_moe_layer(layer):
+            yield from self._expert_faults(look, layer, tensors)
+
+    def _expert_faults(self, look: SecondLook, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        """A few slots at a time; all of a layer only where one of them differs, to say whose it is."""
+        moe_layer = layer - self._architecture.first_dense_layers
+        resident, slots = self._weights.experts[moe_layer], self._place.experts[moe_layer]
+        for first in range(0, len(slots), SLOTS_AT_ONCE):
+            some = slots[first : first + SLOTS_AT_ONCE]
+            again = assemble_slots(tensors, self._architecture, some, self._kernels, layer)
+            if not look.are_same(resident, again, first, len(some)):
+                every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
+                yield from look.experts(resident, every, layer, slots)
+                return
 
     def kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        if layer is None:
+        if layer is None or layer not in self._layers_to_check:
             return
         lane, experts = self._weights.lane, None
         if self._architecture.is_moe_layer(layer):
@@ -148,6 +167,20 @@ class _SelfTest:
         again = assemble_ends(tensors, self._architecture, tp_rank, self._tp, self._kernels)
         yield from look.ends(lane, again)
         self._head = {name: tensors[name] for name in ("model.norm.weight", "lm_head.weight")}
+
+
+def _read_ahead(
+    files: CheckpointFiles, plan: ShardPlan
+) -> Iterator[tuple[int | None, ShardPlan, dict[str, Tensor]]]:
+    """Each part of `_by_layer` with its tensors; the next one is read while this one is tested."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        parts = list(_by_layer(plan))
+        coming = reader.submit(files.read_all, parts[0][1]) if parts else None
+        for (layer, part), following in zip_longest(parts, parts[1:]):
+            assert coming is not None
+            tensors = coming.result()
+            coming = reader.submit(files.read_all, following[1]) if following else None
+            yield layer, part, tensors
 
 
 def _by_layer(plan: ShardPlan) -> Iterator[tuple[int | None, ShardPlan]]:

@@ -16,6 +16,7 @@ import torch
 
 from k2dist.engine.masks import Masks, RowGrammar
 from k2dist.engine.readout import PromptScore
+from k2dist.engine.shares import even_shares
 from k2dist.ids import PageId, RequestId, SeqId
 from k2dist.messages import Grant, NewSequence, Sampling, StepPlan
 from k2dist.model.batch import Batch, PromptSegment
@@ -58,6 +59,11 @@ class Sequences:
     def is_prompt(self, grant: Grant) -> bool:
         """Whether its rows are of the prompt, or else generated; never both."""
         return grant.start < self._live[grant.seq_id].prompt_len
+
+    def num_pages(self, plan: StepPlan) -> int:
+        """Of the longest table of a generated row of `plan`."""
+        tables = (len(self._live[grant.seq_id].pages) for grant in plan.grants if not self.is_prompt(grant))
+        return max(tables, default=0)
 
     def batch(self, plan: StepPlan) -> Batch:
         """The rows of `plan`: for each grant its positions in order, grants in the plan's order.
@@ -194,12 +200,6 @@ class Sequences:
     def _cache_index(self, seq: _Sequence, position: int) -> int:
         page, offset = divmod(position, self._page_tokens)
         return seq.pages[page] * self._page_tokens + offset
-
-
-def even_shares(num_rows: int, num_ranks: int) -> tuple[int, ...]:
-    """Rows per rank, contiguous and in rank order; the first ones take what is left over."""
-    share, rest = divmod(num_rows, num_ranks)
-    return tuple(share + (rank < rest) for rank in range(num_ranks))
 
 
 def _page_tensor(pages: list[PageId]) -> torch.Tensor:

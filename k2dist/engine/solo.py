@@ -19,6 +19,7 @@ from torch import Tensor
 from k2dist.checkpoint import load_shard
 from k2dist.comm import Alone, Exchange
 from k2dist.config import Architecture, read_architecture
+from k2dist.engine.load import CPU
 from k2dist.ids import SlotId, WorldRank
 from k2dist.model import decoder
 from k2dist.model.batch import Batch, PromptSegment
@@ -57,6 +58,7 @@ def solo_batch(
     *,
     is_prompt: bool,
     token_T: Tensor | None = None,
+    device: torch.device = CPU,
 ) -> Batch:
     """Rows [start, stop) of a sequence of `num_tokens`, whose page i is page i of the cache.
 
@@ -80,7 +82,7 @@ def solo_batch(
         decode_length_R=position_T[row_R] + 1,
         decode_page_RP=pages.expand(len(row_R), -1),
         sample_S=row_T,
-    )
+    ).to(device)
 
 
 def num_pages(num_tokens: int, page_tokens: int) -> int:
@@ -88,12 +90,18 @@ def num_pages(num_tokens: int, page_tokens: int) -> int:
 
 
 def solo_cache(
-    architecture: Architecture, num_tokens: int, page_tokens: int, kernels: KernelSet
+    architecture: Architecture,
+    num_tokens: int,
+    page_tokens: int,
+    kernels: KernelSet,
+    device: torch.device = CPU,
 ) -> LatentCache:
-    return LatentCache.allocate(architecture, num_pages(num_tokens, page_tokens), page_tokens, kernels)
+    return LatentCache.allocate(
+        architecture, num_pages(num_tokens, page_tokens), page_tokens, kernels, device
+    )
 
 
-def solo_exchange(architecture: Architecture, place: RankPlace) -> Exchange:
+def solo_exchange(architecture: Architecture, place: RankPlace, device: torch.device = CPU) -> Exchange:
     """Expert e is in slot `solo_slot` of this rank, whatever is really there."""
     homes = [
         [
@@ -103,7 +111,7 @@ def solo_exchange(architecture: Architecture, place: RankPlace) -> Exchange:
         ]
         for slots in place.experts
     ]
-    return Exchange(Alone(), homes)
+    return Exchange(Alone(), homes, device)
 
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)

@@ -5,7 +5,7 @@
 
 Forward and sample are launches of their own: what sampling needs of the step before, its tokens, is known by
 the time it is launched, and grammar masks are made meanwhile (`masks`). The forward pass needs only the
-newest token of each sequence, and takes it on the device.
+newest token of each sequence; on a GPU it is launched as soon as these are read (`follow`).
 
 Steps without prompts may exchange tokens in frames of a fixed capacity. Where some rank's rows did not fit,
 all ranks learn it in the pass itself, and all repeat it with the exact exchange: it writes the same places of
@@ -16,48 +16,27 @@ Legend: S rows whose logits are wanted, D hidden width, P rows whose token the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from k2kernels import KernelSet
 from torch import Tensor
 
-from k2dist.comm import (
-    Capacity,
-    CapacityRule,
-    Communicator,
-    Exchange,
-    PaddedExchange,
-    StepAgreement,
-    TokenExchange,
-)
-from k2dist.config import Architecture
+from k2dist.comm import Communicator, Exchange, StepAgreement
 from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.follow import Follow
+from k2dist.engine.form import FormRule
+from k2dist.engine.forward import ForwardPass, Hidden, Model, StagedBatch
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.readout import Outcome, PromptScore, Readout
-from k2dist.engine.sequences import Sequences, even_shares
+from k2dist.engine.sequences import Sequences
 from k2dist.ids import RequestId, SeqId
 from k2dist.messages import StepPlan, StepResult
 from k2dist.model import decoder
-from k2dist.model.batch import Batch
-from k2dist.model.latent_cache import LatentCache
 from k2dist.model.sampler import RowSampling, VocabularySlice
-from k2dist.model.weights import Weights
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a rank computes with, in every generation. `cache` is None on a rank without a lane."""
-
-    weights: Weights
-    cache: LatentCache | None
-    architecture: Architecture
-    kernels: KernelSet
-    tp: int  # ranks of each lane
-    end_token_ids: frozenset[int]
+from k2dist.model.transfer import Unread, both, known
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +54,20 @@ class Step:
 
     plan: StepPlan
     seq_ids: tuple[SeqId, ...]  # of the grants that sample, in their order
-    hidden_SD: Future[Tensor]
-    outcome: Future[tuple[Outcome, dict[RequestId, str]]] | None = None
+    staged: StagedBatch
+    hidden: Future[Hidden]
+    follow: Follow[Hidden] = field(default_factory=Follow)
+    outcome: Future[tuple[dict[RequestId, str], Outcome]] | None = None
     stuck: dict[RequestId, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a plan wants of the last hidden rows."""
+
+    owner_S: Sequence[RequestId]
+    samplings: Sequence[RowSampling]
+    scores: Sequence[Sequence[PromptScore]]
 
 
 class Steps:
@@ -90,34 +80,36 @@ class Steps:
         guard: RowGuard,
         lane: Communicator | None,
         exchange: Exchange,
-        padding: CapacityRule | None,
+        rule: FormRule,
+        passes: ForwardPass,
         device: DeviceThread,
     ) -> None:
-        """`padding`: of the exchange in steps without prompts; None: exact in all."""
         self._model = model
         self._sequences = sequences
         self._guard = guard
         self._lane = lane
         self._exchange = exchange
-        self._padding = padding
+        self._rule = rule
+        self._passes = passes
         self._device = device
+        # Where a launch returns before the device is done, the next step's goes first: see `follow`.
+        self._leads = model.device.type != "cpu"
 
     def forward(self, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         """Launch the forward pass of `plan`, which the rank has applied; `before` is the step before it.
 
         `agreed`: what all ranks have said of this step; which collectives run depends on it alone.
         """
-        capacity = self._capacity(agreed)
-        batch = self._sequences.batch(plan)
+        staged = self._passes.stage(self._sequences.batch(plan), self._rule.form(agreed))
         rows = self._sequences.promised_rows(plan)
         seq_ids = tuple(grant.seq_id for grant in plan.grants if grant.samples)
         if rows:
             assert before is not None, "a token was promised, and no step is under way"
             places = {seq_id: place for place, seq_id in enumerate(before.seq_ids)}
             row_P, place_P = list(rows.values()), [places[seq_id] for seq_id in rows]
-            work = partial(self._hidden_behind, batch, capacity, row_P, place_P, before)
-            return Step(plan, seq_ids, self._device.launch(work))
-        return Step(plan, seq_ids, self._device.launch(partial(self._hidden, batch, capacity)))
+            work = partial(self._hidden_behind, staged, row_P, place_P)
+            return Step(plan, seq_ids, staged, self._launch_behind(work, before))
+        return Step(plan, seq_ids, staged, self._device.launch(partial(self._passes.run, staged)))
 
     def sample(self, step: Step) -> bool:
         """Launch the sampling of a step whose forward pass was launched; the step before it is finished.
@@ -125,22 +117,19 @@ class Steps:
         Whether that had to wait for masks.
         """
         samplings = self._sequences.row_samplings(step.plan)
-        is_late = step.hidden_SD.done() and any(row.mask is not None for row in samplings)
+        is_masked = any(row.mask is not None for row in samplings)
+        is_late = is_masked and step.hidden.done() and step.hidden.result().is_done()
         step.stuck = self._sequences.grammar_errors(step.plan)
-        work = partial(
-            self._read_out,
-            step.hidden_SD,
-            self._sequences.row_owners(step.plan),
-            samplings,
-            self._sequences.prompt_scores(step.plan),
+        wanted = _Wanted(
+            self._sequences.row_owners(step.plan), samplings, self._sequences.prompt_scores(step.plan)
         )
-        step.outcome = self._device.launch(work)
+        step.outcome = self._device.launch(partial(self._read_out, step, wanted))
         return is_late
 
     def finish(self, step: Step) -> Finished:
         """Wait for a step, and note its tokens. Raises what its launches raised."""
         assert step.outcome is not None, "it was not sampled"
-        outcome, faults = step.outcome.result()
+        faults, outcome = step.outcome.result()
         for seq_id, token_id in zip(step.seq_ids, outcome.sampled.token_ids, strict=True):
             self._sequences.append(seq_id, token_id)
         result = StepResult(
@@ -153,55 +142,65 @@ class Steps:
         )
         return Finished(result, faults, step.stuck)
 
-    def _capacity(self, agreed: StepAgreement) -> Capacity | None:
-        """Of this step's exchange; None: exact."""
-        if self._padding is None or agreed.has_prompts:
-            return None
-        return self._padding.capacity(max(even_shares(agreed.num_rows, self._model.tp)))
+    def _launch_behind(self, work: Callable[[Sequence[int]], Hidden], before: Step) -> Future[Hidden]:
+        """`work` needs the tokens of the step before."""
+        outcome = before.outcome
+        assert outcome is not None, "a step is launched before the one before it is sampled"
+        following = before.follow.offer(work) if self._leads else None
+        if following is not None:
+            return following
+        return self._device.launch(lambda: work(outcome.result()[1].sampled.token_ids))
 
     # -- on the device thread --------------------------------------------------------------------------
 
     def _hidden_behind(
-        self, batch: Batch, capacity: Capacity | None, row_P: list[int], place_P: list[int], before: Step
-    ) -> Tensor:
-        """The forward pass of a batch, some of whose tokens the step before has sampled."""
-        assert before.outcome is not None, "a step runs before the one before it"
-        token_ids = before.outcome.result()[0].sampled.token_ids
-        batch.token_T[row_P] = torch.tensor([token_ids[place] for place in place_P])
-        return self._hidden(batch, capacity)
+        self, staged: StagedBatch, row_P: list[int], place_P: list[int], token_ids: Sequence[int]
+    ) -> Hidden:
+        """The forward pass of a batch, some of whose tokens are among those of the step before."""
+        staged.batch.token_T[row_P] = torch.tensor([token_ids[place] for place in place_P])
+        return self._passes.run(staged)
 
-    def _hidden(self, batch: Batch, capacity: Capacity | None) -> Tensor:
-        """The last hidden rows; exchanged in frames where there is a `capacity` that suffices."""
-        if capacity is not None:
-            padded = PaddedExchange(self._exchange, capacity)
-            x_SD = self._forward(batch, padded)
-            self._exchange.num_steps_padded += 1
-            if not padded.has_overflowed():
-                return x_SD
+    def _read_out(self, step: Step, wanted: _Wanted) -> tuple[dict[RequestId, str], Outcome]:
+        """`_read`, and then at once what follows the step."""
+        try:
+            faults, outcome = self._read(step, wanted)
+        except BaseException:
+            step.follow.close()
+            raise
+        step.follow.run(outcome.sampled.token_ids)
+        return faults, outcome
+
+    def _read(self, step: Step, wanted: _Wanted) -> tuple[dict[RequestId, str], Outcome]:
+        """What is wrong with requests, and what the plan wants; the same on all tp ranks. Collective.
+
+        The only read of a step, unless its frames were too small: then there is a second one.
+        """
+        hidden = step.hidden.result()
+        unread = self._unread(hidden.x_SD, wanted)
+        if hidden.has_overflowed is not None:
+            found = unread.unless(hidden.has_overflowed).read(self._settle)
+            if found is not None:
+                return found
             self._exchange.num_overflows += 1
-        return self._forward(batch, self._exchange)
+            unread = self._unread(self._passes.exactly(step.staged).x_SD, wanted)
+        return unread.read(self._settle)
 
-    def _forward(self, batch: Batch, exchange: TokenExchange) -> Tensor:
+    def _unread(self, x_SD: Tensor, wanted: _Wanted) -> Unread[tuple[dict[RequestId, str], Outcome]]:
         model = self._model
-        return decoder.hidden(
-            batch, model.weights, model.cache, self._lane, exchange, model.architecture, model.kernels
-        )
-
-    def _read_out(
-        self,
-        hidden_SD: Future[Tensor],
-        owner_S: Sequence[RequestId],
-        samplings: Sequence[RowSampling],
-        scores: Sequence[Sequence[PromptScore]],
-    ) -> tuple[Outcome, dict[RequestId, str]]:
-        """What the plan wants of the last hidden rows; the same on all tp ranks. Collective over the lane."""
-        model = self._model
-        x_SD, faults = self._guard.check(hidden_SD.result(), owner_S)
+        x_SD, judged = self._guard.check(x_SD, wanted.owner_S)
+        counts = Unread((self._exchange.counts,), lambda values: self._exchange.note(values[0]))
+        judged = both(judged, counts).map(lambda found: found[0])
         if self._lane is None or model.weights.lane is None:
-            return Outcome.nothing(), faults
+            return both(judged, known(Outcome.nothing()))
         readout = Readout(
             head=partial(decoder.head, weights=model.weights.lane, kernels=model.kernels),
             vocabulary=VocabularySlice.of(self._lane, model.architecture.vocab_size),
             end_token_ids=model.end_token_ids,
         )
-        return readout.read(x_SD, samplings, scores), faults
+        return both(judged, readout.launch(x_SD, wanted.samplings, wanted.scores))
+
+    def _settle(self) -> None:
+        """Before the read that ends a step: a peer that is late is found here."""
+        self._exchange.comm.settle()
+        if self._lane is not None:
+            self._lane.settle()

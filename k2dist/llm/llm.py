@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from k2dist.config import read_architecture
 from k2dist.engine import Feed, Generated, LocalWorld
@@ -43,7 +43,8 @@ class LLM:
     """A model, loaded and ready. `close` it, or use it as a context; left open it ends with the interpreter.
 
     model_dir: a checkpoint as Moonshot publishes it. lanes, tp: ranks are lanes x tp threads; more than one
-    of either is for trying a layout, one is the fastest here. kernels: "auto", "native" or "reference".
+    of either is for trying a layout, one is the fastest here. device: "cpu", or "cuda" for this process's
+    first. kernels: "auto", "native", "triton" or "reference".
     dtype: of the residual stream, "bfloat16" or "float32" (slow, for comparisons). Each lane has `num_pages`
     pages of `page_tokens` tokens, and `limits` of its own. seed: where the seeds of prompts that give none
     are drawn from, in their order; None: from chance. step_deadline_s: what a rank waits for others in one
@@ -59,6 +60,7 @@ class LLM:
         *,
         lanes: int = 1,
         tp: int = 1,
+        device: Literal["cpu", "cuda"] = "cpu",
         kernels: str = "auto",
         dtype: str = "bfloat16",
         page_tokens: int = 64,
@@ -78,6 +80,7 @@ class LLM:
             limits=limits,
             page_tokens=page_tokens,
             num_pages=num_pages,
+            device=device,
             kernels=kernels,
             dtype=dtype,
             step_deadline_s=step_deadline_s,

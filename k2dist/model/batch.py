@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from k2dist.model.transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSegment:
@@ -40,7 +42,7 @@ class Batch:
     write_T: Tensor  # place in the cache: page * page_tokens + offset
     shares: tuple[int, ...]  # rows of each tp rank, contiguous, in rank order
     prompts: tuple[PromptSegment, ...]
-    decode_row_R: Tensor
+    decode_row_R: Tensor  # ascending
     decode_length_R: Tensor  # keys visible: position + 1
     decode_page_RP: Tensor
     sample_S: Tensor  # rows whose logits are wanted, in the order they are wanted
@@ -70,17 +72,34 @@ class Batch:
         return self.token_T.device
 
     def to(self, device: torch.device) -> Batch:
-        """The same rows, their tensors on `device`."""
+        """The same rows, their tensors on `device`; from the CPU in one copy that nobody waits for."""
+        if device == self.device:
+            return self
+        tensors = (
+            self.token_T,
+            self.position_T,
+            self.write_T,
+            self.decode_row_R,
+            self.decode_length_R,
+            self.decode_page_RP,
+            self.sample_S,
+            *(prompt.page_table for prompt in self.prompts),
+        )
+        packed_N = to_device(torch.cat([x.flatten() for x in tensors]), device)
+        parts = packed_N.split([x.numel() for x in tensors])
+        token_T, position_T, write_T, row_R, length_R, page_N, sample_S, *tables = parts
         return Batch(
-            token_T=self.token_T.to(device),
-            position_T=self.position_T.to(device),
-            write_T=self.write_T.to(device),
+            token_T=token_T,
+            position_T=position_T,
+            write_T=write_T,
             shares=self.shares,
-            prompts=tuple(replace(p, page_table=p.page_table.to(device)) for p in self.prompts),
-            decode_row_R=self.decode_row_R.to(device),
-            decode_length_R=self.decode_length_R.to(device),
-            decode_page_RP=self.decode_page_RP.to(device),
-            sample_S=self.sample_S.to(device),
+            prompts=tuple(
+                replace(prompt, page_table=table) for prompt, table in zip(self.prompts, tables, strict=True)
+            ),
+            decode_row_R=row_R,
+            decode_length_R=length_R,
+            decode_page_RP=page_N.view(self.decode_page_RP.shape),
+            sample_S=sample_S,
         )
 
     def check(self) -> None:
@@ -88,6 +107,7 @@ class Batch:
         owned = [i for prompt in self.prompts for i in range(prompt.row, prompt.row + prompt.num_rows)]
         owned += self.decode_row_R.tolist()
         assert sorted(owned) == list(range(self.num_rows)), "each row is of one segment or one decode row"
+        assert self.decode_row_R.tolist() == sorted(self.decode_row_R.tolist()), "decode rows ascend"
         assert sum(self.shares) == len(self.position_T) == len(self.write_T) == self.num_rows
         assert len(set(self.write_T.tolist())) == self.num_rows, "two rows write to one place"
         assert torch.equal(self.position_T[self.decode_row_R] + 1, self.decode_length_R)

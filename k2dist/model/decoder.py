@@ -6,7 +6,7 @@
     rows that sample ─ norm, gather ─ head ─> logits of this rank's slice of the vocabulary
 
 `hidden`, then `head` on as many of its rows at a time as memory allows; `forward` is both, with the slices
-gathered: whole rows of logits on every tp rank.
+gathered: whole rows of logits on every tp rank. `pieces` is `hidden`, stopping before the experts.
 
 A rank without rows (no lane, or an idle one) takes part in every MoE layer's exchange and in nothing else.
 
@@ -17,6 +17,7 @@ V vocabulary, v this rank's slice of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from k2kernels import KernelSet
@@ -28,7 +29,8 @@ from k2dist.model.batch import Batch
 from k2dist.model.lane_step import LaneStep
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.mla import attention
-from k2dist.model.moe import moe, serve
+from k2dist.model.moe import moe_pieces, serve
+from k2dist.model.pieces import Pieces, in_line
 from k2dist.model.weights import LaneWeights, Layer, Mlp, Moe, Weights
 
 Observer = Callable[[str, Tensor], None]
@@ -76,9 +78,23 @@ def hidden(
     Writes the cache at `batch.write_T`. `cache` and `lane` are None on a rank without a lane, whose batch is
     empty. `observer(name, h_tD)` sees this rank's stream after the embedding and each half of a layer.
     """
+    return in_line(pieces(batch, weights, cache, lane, exchange, architecture, kernels, observer))
+
+
+def pieces(
+    batch: Batch,
+    weights: Weights,
+    cache: LatentCache | None,
+    lane: Communicator | None,
+    exchange: TokenExchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+    observer: Observer | None = None,
+) -> Pieces:
+    """`hidden`, which stops before the experts of every MoE layer, and goes on with what they give."""
     if lane is None or batch.num_rows == 0:
         for moe_layer, experts in enumerate(weights.experts):
-            serve(moe_layer, experts, exchange, architecture, kernels, batch.device)
+            yield partial(serve, moe_layer, experts, exchange, architecture, kernels, batch.device)
         return torch.empty(0, architecture.hidden_size, dtype=kernels.dtype, device=batch.device)
     assert weights.lane is not None, "a rank of a lane has a lane's weights"
     assert cache is not None, "a rank of a lane has a cache"
@@ -91,7 +107,8 @@ def hidden(
         h_tD = h_tD + attention(x_tD, index, layer.attention, step)
         see(f"layers.{index}.attention", h_tD)
         x_tD = kernels.rmsnorm(h_tD, layer.mlp_norm_D, architecture.rms_norm_eps)
-        h_tD = h_tD + _mlp(x_tD, index, layer, weights, exchange, step)
+        delta_tD = yield from _mlp(x_tD, index, layer, weights, exchange, step)
+        h_tD = h_tD + delta_tD
         see(f"layers.{index}.mlp", h_tD)
     return _last_rows(h_tD, weights.lane, step)
 
@@ -110,30 +127,28 @@ def _embed(weights: LaneWeights, step: LaneStep) -> Tensor:
 
 def _mlp(
     x_tD: Tensor, index: int, layer: Layer, weights: Weights, exchange: TokenExchange, step: LaneStep
-) -> Tensor:
+) -> Pieces:
     """The layer's second half: experts, or this rank's slice of a dense MLP."""
     architecture, kernels = step.architecture, step.kernels
     match layer.mlp:
         case Moe():
             moe_layer = index - architecture.first_dense_layers
             experts = weights.experts[moe_layer]
-            return moe(x_tD, moe_layer, layer.mlp, experts, exchange, architecture, kernels)
+            return (
+                yield from moe_pieces(x_tD, moe_layer, layer.mlp, experts, exchange, architecture, kernels)
+            )
         case Mlp():
             partial_TD = kernels.mlp(step.gather(x_tD), layer.mlp.gate_up, layer.mlp.down, torch.float32)
             return step.reduce(partial_TD)
 
 
 def _last_rows(h_tD: Tensor, weights: LaneWeights, step: LaneStep) -> Tensor:
-    """Only the rows that sample are normed and gathered: [S, D], in the order asked for."""
-    lane = step.lane
-    row_S, order_S = step.batch.sample_S.sort(stable=True)
-    if len(row_S) == 0:
+    """Rows that sample, normed: [S, D], in the order asked for.
+
+    All are normed and gathered, once in a step: which rank has which of those that sample would have to be
+    asked of the device.
+    """
+    if len(step.batch.sample_S) == 0:
         return h_tD[:0]
-    end_r = torch.tensor(step.batch.shares, device=row_S.device).cumsum(0)
-    owner_S = torch.searchsorted(end_r, row_S, right=True)
-    own_s = row_S[owner_S == lane.rank] - step.first_row
-    x_sD = step.kernels.rmsnorm(h_tD[own_s], weights.norm_D, step.architecture.rms_norm_eps)
-    gathered_SD = lane.gather_rows(x_sD, owner_S.bincount(minlength=lane.size).tolist())
-    x_SD = torch.empty_like(gathered_SD)
-    x_SD[order_S] = gathered_SD
-    return x_SD
+    x_tD = step.kernels.rmsnorm(h_tD, weights.norm_D, step.architecture.rms_norm_eps)
+    return step.gather(x_tD)[step.batch.sample_S]

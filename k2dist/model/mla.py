@@ -15,6 +15,7 @@ Source: DeepSeek-V2 report, arXiv:2405.04434, section 2.1.2; k2_facts 2.1 and 2.
 from __future__ import annotations
 
 import torch
+from k2kernels.whole import GeneratedRows, WholeAttention
 from torch import Tensor
 
 from k2dist.model.lane_step import LaneStep
@@ -24,6 +25,8 @@ from k2dist.model.weights import Mla
 def attention(x_tD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
     """The normed stream of this rank's rows in, attention's output for them out: [t, D]. Collective."""
     batch, kernels = step.batch, step.kernels
+    if kernels.whole_attention is not None and step.lane.size == 1 and not batch.prompts:
+        return _in_one_call(kernels.whole_attention, x_tD, layer, weights, step)
     q_TQ, latent_TL, key_TP = _parted(step.gather(_compress(x_tD, weights, step)), step)
     cache_CD = step.cache.layers[layer]
     kernels.latent_write_(cache_CD, batch.write_T, latent_TL, key_TP)
@@ -35,6 +38,17 @@ def attention(x_tD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
         q_RhD = q_ThD[batch.decode_row_R]
         out_ThV[batch.decode_row_R] = _attend_absorbed(q_RhD, cache_CD, weights, step)
     return step.reduce(kernels.linear(out_ThV.flatten(1), weights.o, torch.float32))
+
+
+def _in_one_call(whole: WholeAttention, x_TD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
+    """All that `attention` does, where no row travels and each is a generated one, in the batch's order."""
+    batch, cache, architecture = step.batch, step.cache, step.architecture
+    rows = GeneratedRows(
+        batch.position_T, batch.write_T, batch.decode_length_R, batch.decode_page_RP, cache.page_tokens
+    )
+    rope, scale = cache.rope, architecture.softmax_scale
+    eps = architecture.inner_norm_eps
+    return whole(x_TD, weights, rows, cache.layers[layer], rope.cos_PF, rope.sin_PF, eps, scale)
 
 
 def _compress(x_tD: Tensor, weights: Mla, step: LaneStep) -> Tensor:

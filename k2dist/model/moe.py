@@ -11,12 +11,15 @@ Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; k2_facts 2.5 and 2.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from k2kernels import Experts, KernelSet, Rule
 from torch import Tensor
 
 from k2dist.comm import TokenExchange
 from k2dist.config import Architecture
+from k2dist.model.pieces import Pieces, in_line
 from k2dist.model.weights import Moe
 
 
@@ -30,9 +33,30 @@ def moe(
     kernels: KernelSet,
 ) -> Tensor:
     """The normed stream of this rank's rows in, the layer's output for them out: [t, D]. Collective."""
+    return in_line(moe_pieces(x_tD, moe_layer, weights, experts, exchange, architecture, kernels))
+
+
+def moe_pieces(
+    x_tD: Tensor,
+    moe_layer: int,
+    weights: Moe,
+    experts: Experts,
+    exchange: TokenExchange,
+    architecture: Architecture,
+    kernels: KernelSet,
+) -> Pieces:
+    """`moe`, which stops before the experts and goes on with what they give. All in one call, and without a
+    stop, where the kernels can and nothing travels."""
+    if kernels.whole_moe is not None and (slot_E := exchange.home_slots(moe_layer)) is not None:
+        how = rule(architecture)
+        y_tD, counts_e = kernels.whole_moe(x_tD, weights.router, how, weights.shared, experts, slot_E)
+        exchange.count_at_home(moe_layer, counts_e)
+        return y_tD
     logit_tE = kernels.router_logits(x_tD, weights.router.w_ED)
     expert_tK, weight_tK = kernels.router_topk(logit_tE, weights.router.bias_E, rule(architecture))
-    out_tKD = through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
+    out_tKD = yield partial(
+        through_experts, x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels
+    )
     shared_tD = kernels.mlp(x_tD, weights.shared.gate_up, weights.shared.down, torch.float32)
     return kernels.weighted_sum(out_tKD, weight_tK, shared_tD, kernels.dtype)
 
@@ -44,11 +68,11 @@ def serve(
     architecture: Architecture,
     kernels: KernelSet,
     device: torch.device,
-) -> None:
-    """Take part in a layer without rows of one's own. Collective."""
+) -> Tensor:
+    """Take part in a layer without rows of one's own: [0, K, D]. Collective."""
     x_tD = torch.empty(0, architecture.hidden_size, dtype=kernels.dtype, device=device)
     expert_tK = torch.empty(0, architecture.top_k, dtype=torch.int64, device=device)
-    through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
+    return through_experts(x_tD, expert_tK, moe_layer, experts, exchange, architecture, kernels)
 
 
 def through_experts(

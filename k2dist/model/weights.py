@@ -9,7 +9,7 @@ N unrotated, L latent and V value width of a head; V alone is the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,39 @@ def assemble_layer(
         experts = _experts(source, architecture, layer, slots, kernels)
     source.check_used_up()
     return lane_layer, experts
+
+
+def assemble_lane_layer(
+    tensors: Mapping[str, Tensor], architecture: Architecture, tp: int, kernels: KernelSet, layer: int
+) -> Layer:
+    """What `assemble` makes of one decoder layer besides its experts, whose tensors are left alone."""
+    experts = f"model.layers.{layer}.mlp.experts."
+    mine = {name: tensor for name, tensor in tensors.items() if not name.startswith(experts)}
+    source = _Source(mine, architecture.scale_block)
+    lane_layer = _layer(source, architecture, layer, tp, kernels)
+    source.check_used_up()
+    return lane_layer
+
+
+def assemble_slots(
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    experts: Sequence[int],
+    kernels: KernelSet,
+    layer: int,
+) -> Experts:
+    """What `assemble` makes of slots that hold `experts`, of one layer."""
+    wanted = tuple(expert_prefix(layer, expert) for expert in experts)
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith(wanted)}
+    source = _Source(mine, architecture.scale_block)
+    slots = _experts(source, architecture, layer, tuple(experts), kernels)
+    source.check_used_up()
+    return slots
+
+
+def expert_prefix(layer: int, expert: int) -> str:
+    """Of the published names of one expert's tensors."""
+    return f"model.layers.{layer}.mlp.experts.{expert}."
 
 
 def assemble_ends(
@@ -258,9 +291,7 @@ def _experts(
     source: _Source, architecture: Architecture, layer: int, slots: tuple[int, ...], kernels: KernelSet
 ) -> Experts:
     hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
-    parts = [
-        _mlp_parts(source, f"model.layers.{layer}.mlp.experts.{expert}.", hidden, width) for expert in slots
-    ]
+    parts = [_mlp_parts(source, expert_prefix(layer, expert), hidden, width) for expert in slots]
     return Experts(
         gate_up=kernels.prepare_grouped([(gate, up) for gate, up, _ in parts], 2 * width),
         down=kernels.prepare_grouped([(down,) for _, _, down in parts], hidden),

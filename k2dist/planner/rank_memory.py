@@ -78,7 +78,7 @@ class RankCosts:
         has_lane = lane is not None
         num_slots = sum(slots)
         weights = dict(self._lane.held) if has_lane else dict.fromkeys(Kind, 0)
-        weights[Kind.EXPERTS] = num_slots * self._expert_held
+        weights[Kind.EXPERTS] = num_slots * self._expert_held if terms.are_experts_here else 0
         exchange = 0
         if slots:
             own_rows = -(-terms.step_tokens // self.tp) if has_lane else 0

@@ -31,6 +31,7 @@ class Terms(Message, frozen=True, kw_only=True):
     reserve_bytes: int  # of each device, for what is not planned
     device_bytes: int | None  # of one rank's device; None: not known
     num_graphs: int = 0  # captured, of decode steps
+    are_experts_here: bool = True  # False: their weights are in the machine's memory, not the device's
     # Times an even load, on the fullest rank. Our assumption: nothing measured stands behind it yet.
     imbalance: float = 4.0
 
@@ -70,6 +71,7 @@ def configured_terms(config: ClusterConfig) -> Terms:
         reserve_bytes=config.nodes.reserve_bytes,
         device_bytes=device_bytes(config),
         num_graphs=configured_graphs(config),
+        are_experts_here=config.ranks.rank_gpus == 0 or config.ranks.experts_device == "auto",
     )
 
 

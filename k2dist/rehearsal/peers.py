@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from k2dist.comm import PeerRows
-from k2dist.engine.sequences import even_shares
+from k2dist.engine.shares import even_shares
 from k2dist.ids import SlotId, WorldRank
 from k2dist.parallel import Layout, expert_homes
 

@@ -19,7 +19,8 @@ from k2dist.checkpoint import RandomShard
 from k2dist.comm import RehearsalCommunicator, RehearsalWorld
 from k2dist.config import Architecture
 from k2dist.engine.readout import Readout
-from k2dist.engine.sequences import Sequences, even_shares
+from k2dist.engine.sequences import Sequences
+from k2dist.engine.shares import even_shares
 from k2dist.messages import StepPlan
 from k2dist.model import decoder
 from k2dist.model.latent_cache import LatentCache
@@ -179,9 +180,10 @@ def made_up_cache(
     kernels: KernelSet,
     shard: RandomShard,
     device: torch.device,
+    num_spare: int = 0,
 ) -> LatentCache:
     """Every place written, as after as many tokens."""
-    cache = LatentCache.allocate(architecture, num_pages, page_tokens, kernels, device)
+    cache = LatentCache.allocate(architecture, num_pages, page_tokens, kernels, device, num_spare=num_spare)
     for number, layer_CD in enumerate(cache.layers):
         layer_CD.copy_(shard.normal(f"cache.{number}", tuple(layer_CD.shape), layer_CD.dtype))
     return cache

@@ -60,6 +60,10 @@ class TimedExchange(Exchange):
         self._stopwatch.cut(Part.COMBINE)
         return out_TKD
 
+    def home_slots(self, moe_layer: int) -> Tensor | None:
+        """Never: what is done in one call cannot be told apart."""
+        return None
+
     def take_traffic(self) -> list[Traffic]:
         """Of each MoE layer since the last call, in order."""
         moved, self._moved = self._moved, []

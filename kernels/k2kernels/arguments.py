@@ -11,6 +11,21 @@ INT64 = (torch.int64,)
 FLOAT32 = (torch.float32,)
 
 
+HOPPER = (9, 0)
+# Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming Guide, its
+# technical specifications: 99, 163 and 227 KB); where it is not told, as on Hopper.
+SHARED_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the machine that kernels are compiled for; without one, what tiles are chosen for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+
+
+def shared_bytes(device: torch.device) -> int:
+    return SHARED_BYTES.get(capability(device), 227 << 10)
+
+
 def require(is_so: bool, message: str) -> None:
     """ValueError(message) unless `is_so`. Not an assertion: a kernel would write where it should not."""
     if not is_so:

@@ -42,8 +42,7 @@ from k2kernels import (
 )
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.fp8_gemm import StoredWeight
-from k2kernels.native.library import load
-from k2kernels.native.ops import NativeOps
+from k2kernels.whole import WholeAttention, WholeMoe
 
 # Weights as a set's own `prepare_*` laid them out: dataclasses, tuples and tensors into which nobody else
 # looks, but for `block`, of the scales that activations need (None: no scales).
@@ -91,11 +90,15 @@ class KernelSet:
     pack: Callable[[Tensor, int | None], Tensor]
     unpack: Callable[[Tensor, int, int | None], Tensor | QuantisedRows]
 
+    asks_device: bool = True  # some kernel reads numbers of its rows on the host, so no graph can hold it
     whole_linear: Callable[[Tensor, Prepared, torch.dtype], Tensor] | None = None
     whole_mlp: Callable[[Tensor, Prepared, Prepared, torch.dtype], Tensor] | None = None
     whole_experts: (
         Callable[[Tensor | QuantisedRows, Tensor, Tensor, Prepared, Prepared, torch.dtype], Tensor] | None
     ) = None
+    # Half layers (`whole`): what model.mla and model.moe compose where nothing travels in between.
+    whole_attention: WholeAttention | None = None
+    whole_moe: WholeMoe | None = None
 
     @classmethod
     def reference(cls, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
@@ -151,40 +154,9 @@ class KernelSet:
         `isa`: one of `k2kernels.native.load().isas`; None: the best. `num_threads`: of each call; None: as
         many as torch uses at that moment. Neither threads nor anything but the ISA moves a bit.
         """
-        library = load()
-        ops = NativeOps(library.best if isa is None else library.isas[isa], num_threads)
-        return cls(
-            name="native",
-            versions=(ops.isa.name, library.build),
-            dtype=torch.bfloat16,
-            cache_dtype=torch.bfloat16,
-            return_dtype=torch.bfloat16,
-            prepare_linear=ops.prepare_linear,
-            prepare_plain=ops.prepare_plain,
-            prepare_keys=ops.prepare_keys,
-            prepare_values=ops.prepare_heads,
-            prepare_grouped=ops.prepare_grouped,
-            act_quant=ops.act_quant,
-            fp8_gemm=ops.fp8_gemm,
-            grouped_gemm=ops.grouped_gemm,
-            linear_bf16=ops.linear_bf16,
-            router_logits=ops.router_logits,
-            router_topk=ops.router_topk,
-            weighted_sum=ops.weighted_sum,
-            absorb=ops.absorb,
-            mla_decode=ops.mla_decode,
-            mla_prefill=ops.mla_prefill,
-            latent_write_=ops.latent_write_,
-            rmsnorm=ops.rmsnorm,
-            rope=ops.rope,
-            swiglu=ops.swiglu,
-            swiglu_quant=ops.swiglu_quant,
-            pack=ops.pack,
-            unpack=ops.unpack,
-            whole_linear=ops.linear,
-            whole_mlp=ops.mlp,
-            whole_experts=ops.experts,
-        )
+        from k2kernels.native_set import native_set  # it imports this file
+
+        return native_set(isa, num_threads)
 
     def fingerprint(self) -> str:
         """Ranks whose fingerprints are equal give equal bits at equal tp."""

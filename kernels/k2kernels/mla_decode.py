@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from k2kernels.arguments import FLOATS, INT64, check_tensor, require
+from k2kernels.arguments import FLOATS, INT64, check_tensor, require, shared_bytes
 from k2kernels.attend import LOG2_E, TILE_KEYS, attend, num_tiles, read_pages, rows_of_keys
 from k2kernels.cost import Cost
 from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
@@ -184,7 +184,7 @@ def _merge_parts(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How `launch` cuts the work. By heads and dtype only, never by rows or lengths: it decides the bits."""
+    """How `launch` cuts the work. Not by rows or lengths: it decides the bits."""
 
     heads: int
     keys: int
@@ -194,11 +194,18 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(num_heads: int, dtype: torch.dtype) -> Tiles:
-    """More heads, longer parts: a part's sums are written and read once, 2 KB a head, beside 1,152 a key."""
+# Of shared memory, for 64 queries and two tiles of keys: compiled for sm_89; 216 of sm_90's 227 KB.
+_ALL_HEADS_BYTES = 152 << 10
+
+
+def choose_tiles(num_heads: int, dtype: torch.dtype, shared_bytes: int = 227 << 10) -> Tiles:
+    """More heads, longer parts: a part's sums are written and read once, 2 KB a head, beside 1,152 a key.
+
+    Where 64 heads have no room (Ada: 99 KB), 16 at a time read the keys four times, from the L2.
+    """
     if dtype == torch.float32:
         return Tiles(16, 32, 512, True, 4, 1)
-    if num_heads <= 16:
+    if num_heads <= 16 or shared_bytes < _ALL_HEADS_BYTES:
         return Tiles(16, 64, 512, True, 4, 2)
     return Tiles(64, 64, 1024, False, 8, 2)
 
@@ -230,7 +237,7 @@ def launch(
     out_RHL = torch.empty(num_rows, num_heads, latent_width, dtype=dtype, device=device)
     if num_rows == 0:
         return out_RHL
-    tiles = choose_tiles(num_heads, dtype)
+    tiles = choose_tiles(num_heads, dtype, shared_bytes(device))
     num_parts = -(-page_RP.shape[1] * page_tokens // tiles.part_keys)
     row_bytes = num_parts * num_heads * latent_width * 4
     rows_at_once = min(num_rows, max(1, PARTS_BYTES // row_bytes), 65535)

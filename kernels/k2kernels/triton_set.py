@@ -63,6 +63,7 @@ def triton_set(dtype: torch.dtype = torch.bfloat16) -> KernelSet:
         swiglu_quant=swiglu_quant.launch,
         pack=wire.pack_on_device,
         unpack=wire.unpack_on_device,
+        asks_device=False,
     )
 
 

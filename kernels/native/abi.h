@@ -71,6 +71,33 @@ struct K2Rule {
   float scale;
 };
 
+// Attention of one layer by a lane of one rank, for generated rows only.
+struct K2Attention {
+  const K2Packed *qkv_a, *q_b, *w_uk, *w_uv, *o; // w_uk, w_uv: a slot per head, as `heads` takes them
+  const uint16_t *q_norm, *kv_norm;
+  int64_t num_heads, q_rank, latent, nope, rope, value;
+  float eps, scale;
+};
+
+// Rows of a step: row t is at position[t], sees length[t] keys, and writes its latent to place[t].
+struct K2Generated {
+  const uint16_t *x;
+  int64_t num_rows, x_stride;
+  const float *cosine, *sine; // of all positions, rope / 2 each
+  const int64_t *position, *place, *length, *pages;
+  int64_t page_stride, page_tokens;
+  uint16_t *cache; // places of latent + rope
+};
+
+// A layer of experts, all of them on this rank: slot[e] holds expert e.
+struct K2Moe {
+  const K2Packed *shared_gate_up, *shared_down, *gate_up, *down;
+  const float *router, *bias;
+  const int32_t *slot;
+  int64_t num_experts, num_slots;
+  K2Rule rule;
+};
+
 struct K2Ops {
   // Rows are sorted by slot, counts[s] of slot s.
   void (*linear)(int threads, const K2Packed *w, int64_t num_slots, const int64_t *counts, const K2Rows *x, void *y,
@@ -91,11 +118,16 @@ struct K2Ops {
                        const uint16_t *latent, int64_t latent_stride, int64_t latent_width, const uint16_t *key,
                        int64_t key_stride);
   void (*heads)(int threads, const K2Packed *w, const uint16_t *x, int64_t num_rows, int64_t num_heads,
-                int64_t x_row_stride, int64_t x_head_stride, uint16_t *y);
+                int64_t x_row_stride, int64_t x_head_stride, uint16_t *y, int64_t y_row_stride, int64_t y_head_stride);
   void (*router_logits)(int threads, const uint16_t *x, int64_t num_rows, int64_t width, int64_t x_stride,
                         const float *w, int64_t num_experts, float *y);
   void (*router_topk)(int threads, const float *logit, const float *bias, int64_t num_rows, int64_t num_experts,
                       const K2Rule *rule, int64_t *expert, float *weight);
   void (*mla_decode)(int threads, const K2Decode *args);
   void (*mla_prefill)(int threads, const K2Prefill *args);
+  // y: [rows][outputs of o], bfloat16.
+  void (*attention)(int threads, const K2Attention *w, const K2Generated *rows, uint16_t *y);
+  // out: room for [rows * top_k][width] outputs of experts; y: [rows][width]; counts: [slots], pairs of each.
+  void (*moe)(int threads, const K2Moe *w, const uint16_t *x, int64_t num_rows, int64_t x_stride, uint16_t *out,
+              uint16_t *y, int64_t *counts);
 };

@@ -1,5 +1,6 @@
 // The library's door: which ISAs this machine can run, each one's functions, and the packing of weights.
 #include "abi.h"
+#include "pack.h"
 #include "pool.h"
 
 #include <cpuid.h>
@@ -39,51 +40,6 @@ bool has_amx() {
 #else
   return false;
 #endif
-}
-
-uint8_t recoded(uint8_t code) { // NaN takes the place of -0, whose product with anything adds nothing
-  return code == 0x80 ? 0x00 : (code & 0x7f) == 0x7f ? 0x80 : code;
-}
-
-// Four codes at once where none is rare.
-uint32_t recoded4(uint32_t codes) {
-  const uint32_t nan = ((codes & 0x7f7f7f7f) + 0x01010101) & 0x80808080;
-  const uint32_t other = codes ^ 0x80808080, minus_zero = (other - 0x01010101) & ~other & 0x80808080;
-  if ((nan | minus_zero) == 0)
-    return codes;
-  uint8_t bytes[4];
-  memcpy(bytes, &codes, 4);
-  for (uint8_t &byte : bytes)
-    byte = recoded(byte);
-  memcpy(&codes, bytes, 4);
-  return codes;
-}
-
-// Inputs [begin, end) of a panel.
-void pack_block(int kind, const uint8_t *rows, int64_t row_stride, int64_t col_stride, int64_t begin, int64_t end,
-                int width, int64_t block_bytes, uint8_t *to) {
-  memset(to, 0, size_t(block_bytes));
-  for (int n = 0; n < width; n++) {
-    if (kind == K2_BF16) {
-      const uint8_t *from = rows + n * row_stride * 2;
-      for (int64_t k = begin; k < end; k++)
-        memcpy(to + (k - begin) / 2 * 64 + (k - begin) % 2 * 2 + n * 4, from + k * col_stride * 2, 2);
-      continue;
-    }
-    const uint8_t *from = rows + n * row_stride;
-    uint8_t *at = to + n / 4 * 16 + n % 4 * 2; // inputs 0, 1 of a chunk; 2, 3 are 8 bytes further
-    for (int64_t k = begin; k < end; k += 4, at += 64) {
-      uint32_t codes = 0;
-      if (col_stride == 1 && k + 4 <= end)
-        memcpy(&codes, from + k, 4);
-      else
-        for (int64_t i = 0; i < 4 && k + i < end; i++)
-          codes |= uint32_t(from[(k + i) * col_stride]) << (8 * i);
-      codes = recoded4(codes);
-      memcpy(at, &codes, 2);
-      memcpy(at + 8, reinterpret_cast<uint8_t *>(&codes) + 2, 2);
-    }
-  }
 }
 
 } // namespace

@@ -10,15 +10,31 @@
 namespace K2_NAMESPACE {
 #include "vec.h"
 
-#include "gemm.h"
+#include "weights.h"
+
+#include "multiply.h"
+
+#include "few.h"
+
+#include "lay.h"
+
+#include "linear.h"
+
+#include "elementwise.h"
+
+#include "router.h"
 
 #include "attend.h"
 
-#include "elementwise.h"
+#include "mla_decode.h"
+
+#include "mla_prefill.h"
+
+#include "whole.h"
 
 extern const K2Ops ops;
 const K2Ops ops = {
     linear,       mlp,         act_quant, rmsnorm,       rope,        swiglu,
-    weighted_sum, latent_write, heads,    router_logits, router_topk, mla_decode, mla_prefill,
+    weighted_sum, latent_write, heads,    router_logits, router_topk, mla_decode, mla_prefill, attention, moe,
 };
 } // namespace K2_NAMESPACE

@@ -71,13 +71,18 @@ def exchange_once(case, run_ranks, dtype, comms, capacity):
         exact = Exchange(comm, [case.homes[comm.rank]])
         exchange = exact if capacity is None else PaddedExchange(exact, capacity)
         work, ticket = exchange.dispatch(0, case.rows(comm.rank, dtype), case.chosen(comm.rank))
-        mark_M = torch.full((len(work.row_M), 1), comm.rank)
-        out_MD = torch.cat((work.rows_NW[work.row_M].float(), work.slot_M[:, None], mark_M), dim=1)
-        out_MD[work.counts_per_slot.sum() :] = torch.nan
-        out_TKD = exchange.combine(out_MD.to(torch.bfloat16), ticket)
+        out_TKD = exchange.combine(marked(work, comm.rank), ticket)
         return work, out_TKD, exact, capacity is not None and exchange.has_overflowed()
 
     return run_ranks(comms, main)
+
+
+def marked(work, rank):
+    """Outputs that say which row they are of and where they were computed."""
+    mark_M = torch.full((len(work.row_M), 1), rank)
+    out_MD = torch.cat((work.rows_NW[work.row_M].float(), work.slot_M[:, None], mark_M), dim=1)
+    out_MD[work.counts_per_slot.sum() :] = torch.nan
+    return out_MD.to(torch.bfloat16)
 
 
 def check(case, run_ranks, dtype, comms, capacity=None):
@@ -233,9 +238,42 @@ def test_an_overflow_is_remembered_through_the_layers_that_follow(run_ranks):
                 expert_TK = torch.zeros(num_rows, 1, dtype=torch.int64)
                 exchange.dispatch(layer, torch.zeros(num_rows, 3), expert_TK)
                 told.append(exchange.has_overflowed())
+        first.begin()
+        assert not first.has_overflowed()
         return told
 
     assert run_ranks(thread_world(2, DEADLINE_S), main) == [[True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize(("max_size", "capacity"), [(4, Capacity(8, 48)), (1, None)], ids=["frames", "alone"])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), num_more=st.integers(1, 3))
+def test_rows_that_are_none_are_nowhere(max_size, capacity, data, num_more, run_ranks):
+    """Behind its rows each rank has some that are none: NaN, with experts of their own. Nobody gets them."""
+    case = data.draw(cases(max_size=max_size))
+
+    def main(comm):
+        exact = Exchange(comm, [case.homes[comm.rank]])
+        exchange = PaddedExchange(exact, capacity)
+        rows_TW, expert_TK = case.rows(comm.rank, torch.float32), case.chosen(comm.rank)
+        num_rows = len(rows_TW)
+        rows_TW = torch.cat((rows_TW, torch.full((num_more, WIDTH), torch.nan)))
+        expert_TK = torch.cat((expert_TK, torch.arange(case.top_k).expand(num_more, -1)))
+        exchange.begin(torch.arange(num_rows + num_more) < num_rows)
+        work, ticket = exchange.dispatch(0, rows_TW, expert_TK)
+        out_TKD = exchange.combine(marked(work, comm.rank), ticket)
+        assert not exchange.has_overflowed()
+        return work, out_TKD[:num_rows], exact
+
+    comms = thread_world(len(case.homes), DEADLINE_S) if max_size > 1 else [Alone()]
+    for rank, (work, out_TKD, exact) in enumerate(run_ranks(comms, main)):
+        pairs = arriving_pairs(case, rank)
+        assert work.slot_M[: len(pairs)].tolist() == [slot for slot, _, _ in pairs]
+        assert set(work.slot_M[len(pairs) :].tolist()) <= {-1}
+        assert out_TKD.tolist() == want_home(case, rank, torch.float32)
+        assert exact.expert_load() == (tuple(work.counts_per_slot.tolist()),)
+        assert sum(exact.expert_load()[0]) == len(pairs)
+        assert exact.num_rows_sent == rows_that_left(case, rank)
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
@@ -250,7 +288,8 @@ def test_frames_cost_what_they_are_said_to_cost(num_rows, run_ranks):
         calls = count_calls(comm)
         work, ticket = exchange.dispatch(0, torch.zeros(num_rows, width, dtype=torch.uint8), expert_TK)
         exchange.combine(torch.zeros(len(work.slot_M), out_width, dtype=torch.bfloat16), ticket)
-        return exact.num_bytes_sent, exact.num_rows_sent, calls
+        assert exact.num_bytes_sent == 0, "a graph that is replayed cannot count on the host"
+        return exchange.num_bytes_sent, exact.num_rows_sent, calls
 
     results = run_ranks(thread_world(3, DEADLINE_S), main)
     layer = EvenLayer(num_rows, num_ranks=3, top_k=2, row_bytes=width, out_bytes=2 * out_width)

@@ -85,6 +85,8 @@ def test_every_metric_that_is_ours_alone_is_on_the_board_or_wakes_somebody() -> 
         "rank_host_seconds",
         "rank_device_seconds",
         "rank_tokens_sampled",
+        "rank_steps_replayed",
+        "rank_graphs",
         "dispatch_rows_sent",
         "masks_seconds",
         "collective_calls",

@@ -303,7 +303,7 @@ def test_a_librarys_product_is_seen(
     model_dir: Path, quick_start: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = dataclasses.replace(KernelSet.reference(torch.float32), fp8_gemm=library_linear)
-    monkeypatch.setattr(runtime, "select_kernels", lambda *_: kernels)
+    monkeypatch.setattr("k2dist.engine.spec.select_kernels", lambda *_: kernels)
     case = Case(model_dir, Setting("library", "float32", 1))
     case.probe_alone()
     found = case.probe_in_company(ALONE)[-len(case.alone) :]

@@ -27,13 +27,15 @@ def check(guard: RowGuard, *rows_of: tuple[str, float]) -> dict[str, str]:
     owners = [RequestId(name) for name, _ in rows_of]
     x_SD, faults = guard.check(rows(*(value for _, value in rows_of)), owners)
     assert torch.isfinite(x_SD).all(), "what goes on is finite"
-    return dict(faults)
+    return dict(faults.read())
 
 
 def test_good_rows_pass_untouched(guard: RowGuard) -> None:
     x_SD = rows(GOOD, 3.0)
-    assert guard.check(x_SD, [RequestId("a"), RequestId("b")]) == (x_SD, {})
-    assert guard.check(x_SD[:0], [])[1] == {}
+    passed_SD, faults = guard.check(x_SD, [RequestId("a"), RequestId("b")])
+    assert torch.equal(passed_SD, x_SD)
+    assert faults.read() == {}
+    assert guard.check(x_SD[:0], [])[1].read() == {}
 
 
 @pytest.mark.parametrize("value", [BAD, float("inf"), float("-inf")])
@@ -46,7 +48,7 @@ def test_a_bad_row_names_its_request_and_the_fault(guard: RowGuard, value: float
 def test_opposite_infinities_do_not_cancel(guard: RowGuard) -> None:
     x_SD = rows(GOOD, GOOD)
     x_SD[1, 2:4] = torch.tensor([float("inf"), float("-inf")])
-    assert list(guard.check(x_SD, [RequestId("a"), RequestId("b")])[1]) == ["b"]
+    assert list(guard.check(x_SD, [RequestId("a"), RequestId("b")])[1].read()) == ["b"]
 
 
 def test_two_requests_without_a_good_row_end_the_rank(guard: RowGuard) -> None:

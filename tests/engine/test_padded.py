@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from k2dist.comm import StepAgreement
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
+from k2dist.engine.form import Form, FormRule
 from k2dist.engine.local import Generated
-from k2dist.engine.steps import Steps
 from k2dist.messages import RankStats, Sampling
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
@@ -46,7 +47,7 @@ def run(
         step_deadline_s=60,
     ) as world:
         outputs = world.generate(prompts, DRAWN, lane_of=lambda i: i % (num_lanes or lanes))
-        return outputs, [rank.stats() for rank in world.ranks]
+    return outputs, [rank.stats() for rank in world.ranks]  # all have left after the same step
 
 
 def counted(stats: list[RankStats]) -> tuple[int, int]:
@@ -103,13 +104,13 @@ def test_an_even_capacity_overflows_where_the_router_is_skewed(skewed_model_dir:
 def test_steps_with_prompts_exchange_exactly(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On all ranks, whichever lane has the prompts."""
     seen: set[tuple[bool, bool]] = set()
-    capacity = Steps._capacity
+    form = FormRule.form
 
-    def note(steps: Steps, agreed):  # type: ignore[no-untyped-def]
-        found = capacity(steps, agreed)
-        seen.add((agreed.has_prompts, found is not None))
+    def note(rule: FormRule, agreed: StepAgreement) -> Form:
+        found = form(rule, agreed)
+        seen.add((agreed.has_prompts, found.capacity is not None))
         return found
 
-    monkeypatch.setattr(Steps, "_capacity", note)
+    monkeypatch.setattr(FormRule, "form", note)
     run(tiny_model_dir, (2, 1, 0), 1.0, num_prompts=6)
     assert seen == {(True, False), (False, True)}

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from k2kernels import act_quant
 from torch import Tensor
 
-from k2dist.checkpoint import load_shard
+from k2dist.checkpoint import CheckpointFiles, load_shard
 from k2dist.checkpoint.manifest import MANIFEST_NAME, write_manifest
 from k2dist.checkpoint.survey import survey
 from k2dist.config import read_architecture
-from k2dist.engine import LocalWorld, RankRuntime, RankSpec, runtime
+from k2dist.engine import LocalWorld, RankRuntime, RankSpec
+from k2dist.engine import load as engine_load
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import FinishReason, RankProgress, Sampling
 from k2dist.model import decoder
 from k2dist.model.batch import Batch
+from k2dist.model.pieces import Pieces
 from k2dist.model.weights import assemble
 from k2dist.parallel import Layout, ShardPlan, first_layout, shard_plan
 from k2dist.scheduler import Limits
@@ -179,6 +183,20 @@ MEMORY_FAULTS: dict[str, tuple[Spoil, str]] = {
 }
 
 
+def spoiling(spoil: Spoil) -> type[CheckpointFiles]:
+    """Files of which world rank 1 reads something else: where it loads, not where it looks again."""
+
+    class Spoiling(CheckpointFiles):
+        def read_all(self, plan: ShardPlan, *more: Any) -> dict[str, Tensor]:
+            tensors = super().read_all(plan, *more)
+            if plan.world_rank == 1:
+                with contextlib.suppress(KeyError):  # it is of another layer
+                    spoil(tensors)
+            return tensors
+
+    return Spoiling
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MEMORY_FAULTS)
 def test_what_lies_wrong_in_one_ranks_memory_is_named(
@@ -186,16 +204,10 @@ def test_what_lies_wrong_in_one_ranks_memory_is_named(
 ) -> None:
     spoil, message = MEMORY_FAULTS[name]
 
-    def spoiled(model_dir: Path, plan: ShardPlan, progress: object = None) -> dict[str, Tensor]:
-        tensors = load_shard(model_dir, plan)
-        if plan.world_rank == 1:
-            spoil(tensors)
-        return tensors
-
     def load(world_rank: int, kernels: str) -> None:
         RankRuntime(spec(tiny_model_dir, world_rank, dtype=dtype, kernels=kernels)).load()
 
-    monkeypatch.setattr(runtime, "load_shard", spoiled)
+    monkeypatch.setattr(engine_load, "CheckpointFiles", spoiling(spoil))
     load(0, "reference")
     load(2, "reference")
     with pytest.raises(FaultyRankError, match=f"^world rank 1: self-test: {message}"):
@@ -209,13 +221,7 @@ def test_what_lies_wrong_in_one_ranks_memory_is_named(
 def test_a_world_with_such_a_rank_does_not_start(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(model_dir: Path, plan: ShardPlan, progress: object = None) -> dict[str, Tensor]:
-        tensors = load_shard(model_dir, plan)
-        if plan.world_rank == 1:
-            swap(6, 8)(tensors)
-        return tensors
-
-    monkeypatch.setattr(runtime, "load_shard", spoiled)
+    monkeypatch.setattr(engine_load, "CheckpointFiles", spoiling(swap(6, 8)))
     layout = first_layout(read_architecture(tiny_model_dir), lanes=2, tp=1)
     with (
         pytest.raises(FaultyRankError, match=r"world rank 1: .*slot 0 holds expert 8"),
@@ -357,15 +363,15 @@ GREEDY = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that give NaN for the row of one token."""
-    right = decoder.hidden
+    right = decoder.pieces
 
-    def hidden(batch: Batch, *args: object, **kwargs: object) -> Tensor:
-        x_SD = right(batch, *args, **kwargs)  # type: ignore[arg-type]
+    def pieces(batch: Batch, *args: Any) -> Pieces:
+        x_SD = yield from right(batch, *args)
         if len(x_SD):
             x_SD[batch.token_T[batch.sample_S] == POISON, 3] = torch.nan
         return x_SD
 
-    monkeypatch.setattr(decoder, "hidden", hidden)
+    monkeypatch.setattr(decoder, "pieces", pieces)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
 
-from k2dist.comm import Capacity, StepAgreement
+from k2dist.comm import StepAgreement
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.engine.device_thread import DeviceThread
+from k2dist.engine.follow import Follow
+from k2dist.engine.forward import ForwardPass, Hidden, StagedBatch
 from k2dist.engine.lane import LanePort
 from k2dist.engine.local import Generated
 from k2dist.engine.steps import Step, Steps
 from k2dist.ids import Generation, RequestId
 from k2dist.messages import Request, Sampling, StepPlan
-from k2dist.model.batch import Batch
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
 
@@ -77,34 +80,79 @@ def test_a_step_is_planned_and_agreed_on_while_the_one_before_computes(
 ) -> None:
     """Rank 0's device stands still in a step until all ranks have launched the next one."""
     world = open_world(tiny_model_dir, lanes, tp)
-    hidden, forward = Steps._hidden, Steps.forward
-    held, num_held, num_forwards = world.ranks[0]._device, 0, 0
+    run, forward = ForwardPass.run, Steps.forward
+    num_held, num_forwards = 0, 0
     launches: dict[int, int] = {}  # by step
     is_next_launched = threading.Event()
 
-    def hold(steps: Steps, batch: Batch, capacity: Capacity | None) -> Tensor:
+    def hold(passes: ForwardPass, staged: StagedBatch) -> Hidden:
         nonlocal num_held
-        if steps._device is held:
+        if passes._model is world.ranks[0]._model:
             num_held += 1
             if num_held == 4:
                 assert is_next_launched.wait(20), "nobody planned the next step meanwhile"
-        return hidden(steps, batch, capacity)
+        return run(passes, staged)
 
     def note(steps: Steps, plan: StepPlan, before: Step | None, agreed: StepAgreement) -> Step:
         nonlocal num_forwards
         launched = forward(steps, plan, before, agreed)
-        if steps._device is held:
+        if steps._model is world.ranks[0]._model:
             num_forwards += 1
         launches[plan.step] = launches.get(plan.step, 0) + 1
         if num_forwards == 5 and launches[plan.step] == world.layout.world_size:
             is_next_launched.set()
         return launched
 
-    monkeypatch.setattr(Steps, "_hidden", hold)
+    monkeypatch.setattr(ForwardPass, "run", hold)
     monkeypatch.setattr(Steps, "forward", note)
     with world:
         world.generate(PROMPTS, DRAWN)
     assert is_next_launched.is_set()
+
+
+@pytest.mark.parametrize(("lanes", "tp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_step_that_follows_at_once_gives_the_same_bits(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, tp: int
+) -> None:
+    """As on a device: the device thread goes on to the next forward pass before it tells of a step."""
+    with open_world(tiny_model_dir, lanes, tp) as world:
+        wanted = world.generate(PROMPTS, DRAWN)
+    init, run, order = Steps.__init__, Follow.run, []
+
+    def leading(steps: Steps, *arguments: Any) -> None:
+        init(steps, *arguments)
+        steps._leads = True
+
+    def noted(follow: Follow[Any], token_ids: Sequence[int]) -> None:
+        give_up_s = time.monotonic() + 0.2  # as a device's step would take; none comes behind the last one
+        while follow._offered is None and time.monotonic() < give_up_s:
+            time.sleep(1e-3)
+        order.append(follow._offered is not None)
+        run(follow, token_ids)
+
+    monkeypatch.setattr(Steps, "__init__", leading)
+    monkeypatch.setattr(Follow, "run", noted)
+    with open_world(tiny_model_dir, lanes, tp) as world:
+        assert world.generate(PROMPTS, DRAWN) == wanted
+    assert any(order), "steps are planned while the one before computes"
+
+
+def test_what_follows_a_step_is_done_once_or_not_at_all() -> None:
+    early, late, failed, broken = Follow[int](), Follow[int](), Follow[int](), Follow[int]()
+    future = early.offer(sum)
+    early.run([3, 4])
+    assert future is not None
+    assert future.result(1) == 7
+    late.run([3, 4])
+    assert late.offer(sum) is None, "the step was told of: it is launched like any other"
+    dropped = failed.offer(sum)
+    failed.close()
+    assert dropped is not None
+    assert dropped.cancelled()
+    raising = broken.offer(lambda ids: ids[9])
+    broken.run([1])
+    assert raising is not None
+    assert isinstance(raising.exception(1), IndexError)
 
 
 def test_a_plan_is_never_more_than_one_step_ahead(

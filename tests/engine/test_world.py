@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.engine.local import Generated
+from k2dist.errors import ConfigError
 from k2dist.messages import FinishReason, Request, Sampling
 from k2dist.parallel import Layout, first_layout
 from k2dist.scheduler import Limits
@@ -111,3 +113,9 @@ def test_a_bad_request_is_refused_alone(tiny_model_dir: Path) -> None:
         again, other = port.admit((good, Request(request_id="good", prompt=(9,), sampling=GREEDY)))
         assert again.error == ""
         assert other.field == "request_id"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_device_that_is_not_there_is_named(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
+        LocalWorld(tiny_model_dir, limits=LIMITS, device="cuda")

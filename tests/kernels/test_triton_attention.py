@@ -151,3 +151,12 @@ def test_a_wrong_argument_is_named() -> None:
         mla_prefill.launch(
             q_RHD[..., : N + R].bfloat16(), seq.cache_CD, seq.page_P[:1], 8, 8, w_uk_HNL, w_uv_HLV, SCALE
         )
+
+
+def test_tiles_fit_the_machines_shared_memory() -> None:
+    """64 heads at once want 152 KB on Ampere and Ada, which have 163 and 99; Hopper's 216 KB fit its 227."""
+    many = [
+        mla_decode.choose_tiles(64, torch.bfloat16, bytes_) for bytes_ in (99 << 10, 163 << 10, 227 << 10)
+    ]
+    assert [tiles.heads for tiles in many] == [16, 64, 64]
+    assert mla_decode.choose_tiles(8, torch.bfloat16, 99 << 10) == mla_decode.choose_tiles(8, torch.bfloat16)

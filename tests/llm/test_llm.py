@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from k2dist.engine.steps import Steps
+from k2dist.engine.forward import ForwardPass, Hidden, StagedBatch
 from k2dist.errors import CheckpointError, ConfigError, LayoutError, PeerError, RequestError, UsageError
 from k2dist.llm import LLM, Ask, Prompt, SamplingParams
-from k2dist.model.batch import Batch
 from tests.llm.conftest import LIMITS, NUM_PAGES, PAGE_TOKENS, open_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -280,15 +278,15 @@ def test_a_failed_rank_ends_the_call_with_its_error(
 ) -> None:
     before = set(threads_of_ranks())
     with open_llm(tiny_model_dir, lanes=lanes, tp=tp) as llm:
-        hidden, num_steps = Steps._hidden, count()
+        run, num_steps = ForwardPass.run, count()
         victim = llm._world.ranks[1]
 
-        def break_down(steps: Steps, batch: Batch, *more: Any) -> Any:
-            if steps._device is victim._device and next(num_steps) == 3:
+        def break_down(passes: ForwardPass, staged: StagedBatch) -> Hidden:
+            if passes._model is victim._model and next(num_steps) == 3:
                 raise error
-            return hidden(steps, batch, *more)
+            return run(passes, staged)
 
-        monkeypatch.setattr(Steps, "_hidden", break_down)
+        monkeypatch.setattr(ForwardPass, "run", break_down)
         started_s = time.monotonic()
         for _ in range(2):
             with pytest.raises(type(error)) as caught:

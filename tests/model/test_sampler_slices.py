@@ -14,6 +14,9 @@ from k2dist.comm import Alone, thread_world
 from k2dist.messages import Sampling
 from k2dist.model.sampler import RowSampling, SeenTokens, VocabularySlice, sample, score
 from k2dist.model.sampler.filters import choose_filtered
+from k2dist.model.sampler.noise import bits
+from k2dist.model.sampler.order import highest_keys, highest_of_keys
+from k2dist.model.sampler.plain import noisiest_of_all, noisiest_of_rivals
 from k2dist.model.sampler.twin import sample_whole, score_whole
 
 K2_VOCABULARY = 163_840
@@ -305,3 +308,16 @@ def test_no_rows_send_nothing():
 def test_a_vocabulary_that_tp_does_not_divide_is_a_bug():
     with pytest.raises(AssertionError, match="not whole"):
         VocabularySlice.of(thread_world(3, 1.0)[0], 16)
+
+
+@pytest.mark.parametrize("shape", ["flat", "peaked", "ties", "equal"])
+def test_what_a_device_does_without_asking_is_what_a_cpu_does(shape: str) -> None:
+    """All noise for the rivals' alone, keys for logits that are looked at again if they tie."""
+    logits_NV = logits_of(shape, 40, 512)
+    id_V, state_N1 = torch.arange(7, 7 + 512), torch.randint(-(2**63), 2**63 - 1, (40, 1))
+    for temperature in (1e-7, 0.6, 100.0):
+        arguments = (bits(id_V, state_N1), logits_NV.double() / temperature)
+        for found, wanted in zip(noisiest_of_all(*arguments), noisiest_of_rivals(*arguments), strict=True):
+            assert torch.equal(found, wanted)
+    for count in (1, 20, 511):
+        assert torch.equal(highest_of_keys(logits_NV, count, id_V), highest_keys(logits_NV, count, 7))

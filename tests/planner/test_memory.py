@@ -210,3 +210,15 @@ def test_a_plan_prints_a_table_that_adds_up(k2: Architecture) -> None:
 def test_a_plan_crosses_processes_unchanged(k2: Architecture) -> None:
     plan = plan_of(k2, 2, 8, H200)
     assert msgspec.json.decode(msgspec.json.encode(plan), type=MemoryPlan) == plan
+
+
+def test_experts_in_the_machines_memory_take_none_of_the_device(k2: Architecture) -> None:
+    """And the plan's other parts stay what they are: one lane of tp 8 then needs 8 devices of 40 GB."""
+    layout = first_layout(k2, lanes=1, tp=8)
+    here, away = (
+        plan_memory(k2, layout, terms(None, are_experts_here=are)).ranks[0] for are in (True, False)
+    )
+    assert here.weights[Kind.EXPERTS] > 100 * 10**9
+    assert away.weight_bytes == here.weight_bytes - here.weights[Kind.EXPERTS]
+    assert away.weight_bytes < 20 * 10**9
+    assert away.read_bytes == here.read_bytes

@@ -16,7 +16,8 @@ from torch import Tensor
 from k2dist.checkpoint import RandomShard
 from k2dist.comm import Alone, Communicator, Exchange, thread_group, thread_world
 from k2dist.config import Architecture
-from k2dist.engine.sequences import Sequences, even_shares
+from k2dist.engine.sequences import Sequences
+from k2dist.engine.shares import even_shares
 from k2dist.ids import LaneId
 from k2dist.model import decoder
 from k2dist.model.weights import Weights, assemble
@@ -100,7 +101,10 @@ class Recorded:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self.calls: list[Call] = []
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size, self.is_on_stream = comm.rank, comm.size, comm.is_on_stream
+
+    def settle(self) -> None:
+        self._comm.settle()
 
     def all_to_all_rows(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
         self.calls.append(("all_to_all_rows", x.dtype, x.shape[1], tuple(send), tuple(recv)))

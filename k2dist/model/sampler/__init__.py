@@ -11,13 +11,25 @@ depends on no batch, lane, preemption or restart, and tp ranks draw alike. Ties 
 Each tp rank works on its columns of the logits and exchanges little: its best token, its likeliest few, sums.
 Sums of probabilities run in whole numbers (`mass`), so neither their order nor the cut of the vocabulary can
 change a bit: `twin`, which sees whole rows and takes them one by one, gives the same tokens and logprobs.
+Nothing waits for the device: `launch_sample` and `launch_score` give what is to be read with all else that a
+step has to tell. Only rows whose filters leave more than a few candidates are looked at again.
 
 Legend of all files: S rows (N, n: some of them), V vocabulary, v this rank's columns, C candidates, r ranks.
 """
 
 from k2dist.model.sampler.rows import RowSampling, Sampled, SeenTokens, has_penalty
-from k2dist.model.sampler.sample import sample
-from k2dist.model.sampler.score import score
+from k2dist.model.sampler.sample import launch_sample, sample
+from k2dist.model.sampler.score import launch_score, score
 from k2dist.model.sampler.vocabulary import VocabularySlice
 
-__all__ = ["RowSampling", "Sampled", "SeenTokens", "VocabularySlice", "has_penalty", "sample", "score"]
+__all__ = [
+    "RowSampling",
+    "Sampled",
+    "SeenTokens",
+    "VocabularySlice",
+    "has_penalty",
+    "launch_sample",
+    "launch_score",
+    "sample",
+    "score",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from k2dist.messages import Sampling
 from k2dist.model.sampler.rows import RowSampling, SeenTokens, has_penalty
 from k2dist.model.sampler.vocabulary import VocabularySlice
+from k2dist.model.transfer import indices, to_device
 
 
 def adjusted(
@@ -46,12 +47,14 @@ def _masked(
         return adjusted_Sv
     first, stop = vocabulary.first, vocabulary.first + vocabulary.width
     bits_NB = torch.stack([row.mask[first // 8 : -(-stop // 8)] for row in rows if row.mask is not None])
-    bits_NB8 = bits_NB.to(logits_Sv.device)[:, :, None] & _BITS.to(logits_Sv.device)
+    device = logits_Sv.device
+    bits_NB8 = to_device(bits_NB, device)[:, :, None] & to_device(_BITS, device)
     is_allowed_Nv = bits_NB8.bool().flatten(1)[:, first % 8 : first % 8 + vocabulary.width]
     if adjusted_Sv is logits_Sv:
         adjusted_Sv = logits_Sv.clone()
-    adjusted_Sv[masked] = adjusted_Sv[masked].masked_fill_(~is_allowed_Nv, -math.inf)
-    return adjusted_Sv
+    row_N = indices(masked, device)
+    masked_Nv = adjusted_Sv.index_select(0, row_N).masked_fill_(~is_allowed_Nv, -math.inf)
+    return adjusted_Sv.index_copy_(0, row_N, masked_Nv)
 
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -128,8 +131,8 @@ class _Places:
         column_C = torch.cat(self._id) - vocabulary.first
         is_here_C = (column_C >= 0) & (column_C < vocabulary.width)
         device = logits_Sv.device
-        place = (row_C[is_here_C].to(device), column_C[is_here_C].to(device))
-        logits_Sv[place] = change(logits_Sv[place].double(), value_C[is_here_C].to(device)).float()
+        place = (to_device(row_C[is_here_C], device), to_device(column_C[is_here_C], device))
+        logits_Sv[place] = change(logits_Sv[place].double(), to_device(value_C[is_here_C], device)).float()
 
 
 def _repeat(logit_C: Tensor, penalty_C: Tensor) -> Tensor:

@@ -24,29 +24,39 @@ from k2dist.model.sampler.mass import mass, total_mass
 from k2dist.model.sampler.noise import gumbel, states
 from k2dist.model.sampler.rows import RowSampling, take, temperatures
 from k2dist.model.sampler.vocabulary import VocabularySlice
+from k2dist.model.transfer import indices, to_device
 
 FEW = (
     256  # candidates per rank at first: torch's top 256 of 163,840 take a third of the time of its top 1,024
 )
-_GROWTH = 16
+GROWTH = 16
+
+
+def try_filtered(
+    logits_Nv: Tensor, rows: Sequence[RowSampling], vocabulary: VocabularySlice, count: int = FEW
+) -> tuple[Tensor, Tensor]:
+    """A token per row, and whether it is sure: int64 and bool [N], on the device.
+
+    `count`: candidates of each rank; with all columns every token is sure. Collective over the lane.
+    """
+    candidates = _Candidates.find(logits_Nv, list(rows), vocabulary, count)
+    num_kept_N, is_sure_N = candidates.border(candidates.total_mass(logits_Nv))
+    return candidates.draw(num_kept_N), is_sure_N
 
 
 def choose_filtered(
     logits_Nv: Tensor, rows: Sequence[RowSampling], vocabulary: VocabularySlice, *, few: int = FEW
 ) -> list[int]:
-    """A token per row. Collective over the lane; equal on its ranks, whatever `few`."""
+    """A token per row, once all are sure. Collective over the lane; equal on its ranks, whatever `few`."""
     token_ids: dict[int, int] = {}
-    total_N: Tensor | None = None
-    for count in (few, few * _GROWTH, vocabulary.width):
+    for count in (few, few * GROWTH, vocabulary.width):
         left = [index for index in range(len(rows)) if index not in token_ids]
         if not left:
             break
-        some_Nv = take(logits_Nv, left)
-        candidates = _Candidates.find(some_Nv, [rows[index] for index in left], vocabulary, count)
-        if total_N is None:
-            total_N = candidates.total_mass(some_Nv)
-        num_kept_N, is_sure_N = candidates.border(total_N[left])
-        chosen = zip(left, candidates.draw(num_kept_N), is_sure_N.tolist(), strict=True)
+        token_N, is_sure_N = try_filtered(
+            take(logits_Nv, left), [rows[index] for index in left], vocabulary, count
+        )
+        chosen = zip(left, token_N.tolist(), is_sure_N.tolist(), strict=True)
         token_ids |= {index: token_id for index, token_id, is_sure in chosen if is_sure}
     return [token_ids[index] for index in range(len(rows))]
 
@@ -80,9 +90,10 @@ class _Candidates:
         total_N = torch.zeros_like(self.num_certain_N)
         need = [i for i, row in enumerate(self.rows) if row.sampling.top_p < 1.0 and not self._has_top_k(row)]
         if need:
-            largest_N1, temperature_N1 = self.logit_NC[need, :1], self._temperatures()[need]
+            largest_N1, temperature_N1 = take(self.logit_NC[:, :1], need), take(self._temperatures(), need)
             part_N = total_mass(take(logits_Nv, need), largest_N1, temperature_N1)
-            total_N[need] = self.vocabulary.gather(part_N)[0].sum(dim=0)
+            sum_N = self.vocabulary.gather(part_N)[0].sum(dim=0)
+            total_N.index_copy_(0, indices(need, total_N.device), sum_N)
         return total_N
 
     def border(self, total_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +103,7 @@ class _Candidates:
         least = [math.log(row.sampling.min_p) if row.sampling.min_p > 0.0 else -math.inf for row in self.rows]
         num_kept_N = (distance_NC >= self._column(least)).sum(dim=1).minimum(top_k_N)
         has_top_p_N = top_p_N < 1.0
-        if bool(has_top_p_N.any()):
+        if any(row.sampling.top_p < 1.0 for row in self.rows):
             nucleus_N = _nucleus(mass(distance_NC), top_k_N, top_p_N, total_N)
             num_kept_N = torch.where(has_top_p_N, num_kept_N.minimum(nucleus_N), num_kept_N)
         num_kept_N = num_kept_N.clamp(min=1)
@@ -102,21 +113,19 @@ class _Candidates:
         has_border_N = (num_kept_N < self.num_certain_N) | (is_top_k_N & (num_kept_N == top_k_N))
         return num_kept_N, is_share_N & has_border_N
 
-    def draw(self, num_kept_N: Tensor) -> list[int]:
-        """Of each row's first `num_kept_N` the one that is highest with its noise."""
-        width = int(num_kept_N.amax())
-        id_NC, device = self.id_NC[:, :width], self.id_NC.device
-        noisy_NC = self.logit_NC[:, :width] / self._temperatures() + gumbel(id_NC, states(self.rows, device))
-        noisy_NC.masked_fill_(torch.arange(width, device=device) >= num_kept_N[:, None], -math.inf)
+    def draw(self, num_kept_N: Tensor) -> Tensor:
+        """Of each row's first `num_kept_N` the one that is highest with its noise: int64 [N]."""
+        id_NC, device = self.id_NC, self.id_NC.device
+        noisy_NC = self.logit_NC / self._temperatures() + gumbel(id_NC, states(self.rows, device))
+        noisy_NC.masked_fill_(torch.arange(id_NC.shape[1], device=device) >= num_kept_N[:, None], -math.inf)
         is_best_NC = noisy_NC == noisy_NC.amax(dim=1, keepdim=True)
-        chosen: list[int] = id_NC.masked_fill(~is_best_NC, self.vocabulary.vocab_size).amin(dim=1).tolist()
-        return chosen
+        return id_NC.masked_fill(~is_best_NC, self.vocabulary.vocab_size).amin(dim=1)
 
     def _top_ks(self) -> Tensor:
         """Int64 [N]: the vocabulary where there is none."""
         vocab_size = self.vocabulary.vocab_size
         values = [row.sampling.top_k if self._has_top_k(row) else vocab_size for row in self.rows]
-        return torch.tensor(values, device=self.id_NC.device)
+        return indices(values, self.id_NC.device)
 
     def _has_top_k(self, row: RowSampling) -> bool:
         return 0 < row.sampling.top_k < self.vocabulary.vocab_size
@@ -127,7 +136,7 @@ class _Candidates:
 
     def _column(self, values: list[float]) -> Tensor:
         """Float64 [N, 1]."""
-        return torch.tensor(values, dtype=torch.float64, device=self.id_NC.device)[:, None]
+        return to_device(torch.tensor(values, dtype=torch.float64)[:, None], self.id_NC.device)
 
 
 def _nucleus(mass_NC: Tensor, top_k_N: Tensor, top_p_N: Tensor, total_N: Tensor) -> Tensor:

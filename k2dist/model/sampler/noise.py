@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from k2dist.model.sampler.rows import RowSampling
+from k2dist.model.transfer import indices
 
 NUM_BITS = 52
 
@@ -52,7 +53,7 @@ def bits(id_C: Tensor, state_N1: Tensor) -> Tensor:
 def states(rows: list[RowSampling], device: torch.device) -> Tensor:
     """Int64 [N, 1]: the generators' states."""
     values = [_signed(state(row.sampling.seed, row.output_index, row.position)) for row in rows]
-    return torch.tensor(values, dtype=torch.int64, device=device).view(-1, 1)
+    return indices(values, device).view(-1, 1)
 
 
 def state(seed: int, output_index: int, position: int) -> int:

@@ -20,6 +20,8 @@ def highest_keys(logits_Nv: Tensor, count: int, first_id: int) -> Tensor:
         return torch.empty(len(logits_Nv), 0, dtype=torch.int64, device=logits_Nv.device)
     if count == width:
         return keys(logits_Nv, id_v).sort(dim=1, descending=True).values
+    if logits_Nv.device.type != "cpu":
+        return highest_of_keys(logits_Nv, count, id_v)
     # One more than wanted: if that is smaller than the last, equals at the border cannot have been mixed up.
     top = logits_Nv.topk(count + 1, dim=1)
     key_NC = keys(top.values[:, :count], id_v[top.indices[:, :count]]).sort(dim=1, descending=True).values
@@ -27,6 +29,11 @@ def highest_keys(logits_Nv: Tensor, count: int, first_id: int) -> Tensor:
     for row in is_tied_N.nonzero()[:, 0].tolist():
         key_NC[row] = keys(logits_Nv[row], id_v).topk(count).values
     return key_NC
+
+
+def highest_of_keys(logits_Nv: Tensor, count: int, id_v: Tensor) -> Tensor:
+    """`highest_keys` for any device: it reads eight bytes a logit in place of four, and nobody waits."""
+    return keys(logits_Nv, id_v).topk(count, dim=1).values
 
 
 def keys(logit_NC: Tensor, id_NC: Tensor) -> Tensor:

@@ -15,27 +15,29 @@ from k2dist.model.sampler.mass import tiles
 from k2dist.model.sampler.noise import NUM_BITS, bits, gumbel_of, states
 from k2dist.model.sampler.rows import RowSampling, is_greedy, take, temperatures
 from k2dist.model.sampler.vocabulary import VocabularySlice
+from k2dist.model.transfer import indices
 
 
-def choose_plain(logits_Nv: Tensor, rows: Sequence[RowSampling], vocabulary: VocabularySlice) -> list[int]:
-    """A token per row. Collective over the lane, one exchange."""
+def choose_plain(logits_Nv: Tensor, rows: Sequence[RowSampling], vocabulary: VocabularySlice) -> Tensor:
+    """A token per row, int64 [N] on the device. Collective over the lane, one exchange."""
+    device = logits_Nv.device
+    value_N = torch.empty(len(rows), dtype=torch.float64, device=device)
+    id_N = torch.empty(len(rows), dtype=torch.int64, device=device)
     if not rows:
-        return []
-    value_N = torch.empty(len(rows), dtype=torch.float64, device=logits_Nv.device)
-    id_N = torch.empty(len(rows), dtype=torch.int64, device=logits_Nv.device)
+        return id_N
     greedy = [index for index, row in enumerate(rows) if is_greedy(row.sampling)]
     noisy = [index for index, row in enumerate(rows) if not is_greedy(row.sampling)]
     if greedy:
         best = take(logits_Nv, greedy).max(dim=1)  # the first of equals
-        value_N[greedy], id_N[greedy] = best.values.double(), best.indices + vocabulary.first
+        value_N.index_copy_(0, indices(greedy, device), best.values.double())
+        id_N.index_copy_(0, indices(greedy, device), best.indices + vocabulary.first)
     if noisy:
-        value_N[noisy], id_N[noisy] = _noisiest(
-            take(logits_Nv, noisy), [rows[index] for index in noisy], vocabulary
-        )
+        best_N, best_id_N = _noisiest(take(logits_Nv, noisy), [rows[index] for index in noisy], vocabulary)
+        value_N.index_copy_(0, indices(noisy, device), best_N)
+        id_N.index_copy_(0, indices(noisy, device), best_id_N)
     value_rN, id_rN = vocabulary.gather(value_N, id_N)
     rank_1N = value_rN.argmax(dim=0, keepdim=True)  # the first of equals: it has the lower ids
-    chosen: list[int] = id_rN.gather(0, rank_1N)[0].tolist()
-    return chosen
+    return id_rN.gather(0, rank_1N)[0]
 
 
 def _noisiest(
@@ -54,10 +56,20 @@ def _noisiest(
 
 
 def _noisiest_of(bits_nv: Tensor, scaled_nv: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of scaled + noise in each row, and its column: float64 and int64 [n].
+    """The largest of scaled + noise in each row, and its column: float64 and int64 [n]."""
+    # How many rivals there are another device would have to be asked, and it has logarithms to spare.
+    of = noisiest_of_rivals if scaled_nv.device.type == "cpu" else noisiest_of_all
+    return of(bits_nv, scaled_nv)
 
-    Only for tokens that may win is the noise worth its two logarithms: for the few with noise above `_CALM`,
-    and for those that without it come within `_CALM` of what the likeliest token has with its own.
+
+def noisiest_of_all(bits_nv: Tensor, scaled_nv: Tensor) -> tuple[Tensor, Tensor]:
+    best = (scaled_nv + gumbel_of(bits_nv)).max(dim=1)  # the first of equals
+    return best.values, best.indices
+
+
+def noisiest_of_rivals(bits_nv: Tensor, scaled_nv: Tensor) -> tuple[Tensor, Tensor]:
+    """Only for tokens that may win is the noise worth its two logarithms: for the few with noise above
+    `_CALM`, and for those that without it come within `_CALM` of what the likeliest token has with its own.
     """
     likeliest = scaled_nv.max(dim=1, keepdim=True)
     reached_n1 = likeliest.values + gumbel_of(bits_nv.gather(1, likeliest.indices))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from k2dist.messages import Sampling, TokenLogprob
+from k2dist.model.transfer import indices, to_device
 
 
 @dataclass(slots=True)
@@ -66,12 +67,12 @@ def temperatures(rows: Sequence[RowSampling], device: torch.device) -> Tensor:
     """Float64 [N, 1], above 0. Colder than `_COLD` is the same: no noise bridges 1e-45 / 1e-200, and what is
     a float32 can still be divided by it."""
     values = [[max(row.sampling.temperature, _COLD)] for row in rows]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return to_device(torch.tensor(values, dtype=torch.float64).view(-1, 1), device)
 
 
 def take(x_ST: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows, in ascending order; `x_ST` itself where they are all of them."""
-    return x_ST if len(rows) == len(x_ST) else x_ST[list(rows)]
+    return x_ST if len(rows) == len(x_ST) else x_ST.index_select(0, indices(rows, x_ST.device))
 
 
 _COLD = 1e-200

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from k2kernels import KernelSet, jit
+from k2kernels import KernelSet, arguments, jit
 from k2kernels.bench.work import OPS
 
 META = torch.device("meta")
@@ -62,6 +62,7 @@ class _Absent:
 def compile_all(names: list[str], capability: int) -> Iterator[Compiled]:
     """Each kernel that the cases of these ops launch, once for everything that it is specialised by."""
     import_module("triton").runtime.driver.set_active(_Absent(capability))
+    arguments.capability = lambda device: divmod(capability, 10)  # launchers choose tiles by it
     seen = set()
     for name, kernel, args, options in _launches(names):
         compiled = kernel.jitted().warmup(*args, grid=(1,), **options)

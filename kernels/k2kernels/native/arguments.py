@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from k2kernels.act_quant import QuantisedRows
-from k2kernels.native.library import ROWS_BF16, ROWS_E4M3, Cache, Rows
+from k2kernels.native.library import OUT_BF16, OUT_F32, ROWS_BF16, ROWS_E4M3, Cache, Rows, TopkRule
 from k2kernels.native.packed import PackedLinear
+from k2kernels.router_topk import Rule
+
+OUT_KIND = {torch.bfloat16: OUT_BF16, torch.float32: OUT_F32}
 
 
 def rows_of(x: Tensor | QuantisedRows, w: PackedLinear, row_M: Tensor | None) -> tuple[Rows, int]:
@@ -50,6 +53,10 @@ def cache_of(cache_CD: Tensor, page_tokens: int) -> Cache:
     assert cache_CD.is_contiguous(), "the cache is contiguous"
     assert cache_CD.dtype == torch.bfloat16, f"a cache of {cache_CD.dtype}, expected bfloat16"
     return Cache(cache_CD.data_ptr(), cache_CD.shape[1], page_tokens)
+
+
+def rule_of(rule: Rule) -> TopkRule:
+    return TopkRule(rule.top_k, rule.num_groups, rule.top_k_groups, rule.normalises, rule.scale)
 
 
 def check(x: Tensor, name: str, dtype: torch.dtype, dim: int) -> Tensor:

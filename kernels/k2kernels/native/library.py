@@ -97,6 +97,58 @@ class TopkRule(Structure):
     )
 
 
+class AttentionArgs(Structure):
+    _fields_ = (
+        ("qkv_a", POINTER(Packed)),
+        ("q_b", POINTER(Packed)),
+        ("w_uk", POINTER(Packed)),
+        ("w_uv", POINTER(Packed)),
+        ("o", POINTER(Packed)),
+        ("q_norm", c_void_p),
+        ("kv_norm", c_void_p),
+        ("num_heads", c_int64),
+        ("q_rank", c_int64),
+        ("latent", c_int64),
+        ("nope", c_int64),
+        ("rope", c_int64),
+        ("value", c_int64),
+        ("eps", c_float),
+        ("scale", c_float),
+    )
+
+
+class GeneratedArgs(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("num_rows", c_int64),
+        ("x_stride", c_int64),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("position", c_void_p),
+        ("place", c_void_p),
+        ("length", c_void_p),
+        ("pages", c_void_p),
+        ("page_stride", c_int64),
+        ("page_tokens", c_int64),
+        ("cache", c_void_p),
+    )
+
+
+class MoeArgs(Structure):
+    _fields_ = (
+        ("shared_gate_up", POINTER(Packed)),
+        ("shared_down", POINTER(Packed)),
+        ("gate_up", POINTER(Packed)),
+        ("down", POINTER(Packed)),
+        ("router", c_void_p),
+        ("bias", c_void_p),
+        ("slot", c_void_p),
+        ("num_experts", c_int64),
+        ("num_slots", c_int64),
+        ("rule", TopkRule),
+    )
+
+
 _I, _L, _P, _F = c_int, c_int64, c_void_p, c_float
 # Functions of one ISA, in the order of K2Ops; after the number of threads, their arguments.
 _OPS: dict[str, tuple[Any, ...]] = {
@@ -108,11 +160,13 @@ _OPS: dict[str, tuple[Any, ...]] = {
     "swiglu": (_P, _L, _L, _P),
     "weighted_sum": (_P, _P, _P, _L, _L, _L, _P, _I),
     "latent_write": (_P, _L, _P, _L, _P, _L, _L, _P, _L),
-    "heads": (POINTER(Packed), _P, _L, _L, _L, _L, _P),
+    "heads": (POINTER(Packed), _P, _L, _L, _L, _L, _P, _L, _L),
     "router_logits": (_P, _L, _L, _L, _P, _L, _P),
     "router_topk": (_P, _P, _L, _L, POINTER(TopkRule), _P, _P),
     "mla_decode": (POINTER(Decode),),
     "mla_prefill": (POINTER(Prefill),),
+    "attention": (POINTER(AttentionArgs), POINTER(GeneratedArgs), _P),
+    "moe": (POINTER(MoeArgs), _P, _L, _L, _P, _P, _P),
 }
 
 

@@ -1,0 +1,168 @@
+// Products by AMX tiles: 16 rows or fewer by 16 outputs at a time, 32 inputs to an instruction.
+#pragma once
+
+static inline const Wt *ready(int kind, const uint8_t *source, int depth, Wt *scratch) {
+  if (kind == K2_BF16) {
+    for (int i = 0; i < depth * 32; i += 64)
+      fetch(source + i);
+    return (const Wt *)source;
+  }
+  for (int k = 0; k < depth; k += 4, source += 64, scratch += 64) {
+    fetch(source);
+    __m512i pair0, pair1;
+    decode64(source, pair0, pair1);
+    _mm512_store_si512(scratch, pair0);
+    _mm512_store_si512(scratch + 32, pair1);
+  }
+  return scratch - depth * 16;
+}
+
+// GCC's own intrinsics do not tell the compiler that a tile load reads memory.
+template <int t> static inline void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
+template <int t> static inline void tile_load(const void *p, int64_t stride_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(t) : "memory");
+}
+template <int t> static inline void tile_store(void *p, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride_bytes), "i"(t) : "memory");
+}
+template <int c, int a, int b> static inline void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: sums; 4, 5: activations of `top` and `bottom` rows; 6, 7: weights.
+// One set of activation rows: sums 0-3 are of four panels. Two sets: 0, 1 and 2, 3 of two panels.
+static inline void configure(int top, int bottom) {
+  TileConfig c;
+  const int rows[8] = {top, top, bottom ? bottom : top, bottom ? bottom : top, top, bottom ? bottom : top, 16, 16};
+  for (int t = 0; t < 8; t++) {
+    c.rows[t] = uint8_t(rows[t]);
+    c.row_bytes[t] = 64;
+  }
+  asm volatile("ldtilecfg %0" ::"m"(c));
+}
+
+// TDPBF16PS takes subnormals as zeros and gives none; so does all else between these two (few.h).
+static inline unsigned begin_multiply() {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);
+  return before;
+}
+static inline void end_multiply(unsigned before) {
+  asm volatile("tilerelease");
+  _mm_setcsr(before);
+}
+
+static inline void promote(const float *c, int num_rows, const float *sx, float sw, float *acc, int64_t stride) {
+  for (int m = 0; m < num_rows; m++)
+    store(acc + m * stride, fma(load(c + m * 16), set1(sx[m] * sw), load(acc + m * stride)));
+}
+
+// As promote, without scales: x * 1 + acc.
+static inline void multiply(const Act *a, int depth, int num_rows, const Wt *const *b, int panels,
+                            const float *sx, const float *sw, float *acc, int64_t stride) {
+  alignas(64) float c[4][256];
+  int row = 0;
+  if (num_rows > 16)
+    for (; row < num_rows; row += 32) {
+      const int left = num_rows - row;
+      if (left <= 16)
+        break;
+      const int bottom = left >= 32 ? 16 : left - 16;
+      if (row == 0 || bottom != 16)
+        configure(16, bottom);
+      const Act *top_a = a + int64_t(row) * depth, *bottom_a = top_a + 16 * depth;
+      for (int p = 0; p < panels; p += 2) {
+        const Wt *b0 = b[p], *b1 = b[p + 1 < panels ? p + 1 : p];
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+        for (int k = 0; k < depth; k += 32) {
+          tile_load<4>(top_a + k, depth * 2);
+          tile_load<6>(b0 + k * 16, 64);
+          tile_dot<0, 4, 6>();
+          tile_load<7>(b1 + k * 16, 64);
+          tile_dot<1, 4, 7>();
+          tile_load<5>(bottom_a + k, depth * 2);
+          tile_dot<2, 5, 6>();
+          tile_dot<3, 5, 7>();
+        }
+        tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
+        tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
+        for (int q = p; q < p + 2 && q < panels; q++) {
+          promote(c[q - p], 16, sx + row, sw[q], acc + row * stride + 16 * q, stride);
+          promote(c[q - p + 2], bottom, sx + row + 16, sw[q], acc + (row + 16) * stride + 16 * q, stride);
+        }
+      }
+    }
+  if (row >= num_rows)
+    return;
+  const int top = num_rows - row;
+  configure(top, 0);
+  const Act *top_a = a + int64_t(row) * depth;
+  const Wt *b1 = b[panels > 1 ? 1 : 0], *b2 = b[panels > 2 ? 2 : 0], *b3 = b[panels > 3 ? 3 : 0];
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int k = 0; k < depth; k += 32) {
+    tile_load<4>(top_a + k, depth * 2);
+    tile_load<6>(b[0] + k * 16, 64);
+    tile_dot<0, 4, 6>();
+    if (panels > 1) {
+      tile_load<7>(b1 + k * 16, 64);
+      tile_dot<1, 4, 7>();
+    }
+    if (panels > 2) {
+      tile_load<6>(b2 + k * 16, 64);
+      tile_dot<2, 4, 6>();
+    }
+    if (panels > 3) {
+      tile_load<7>(b3 + k * 16, 64);
+      tile_dot<3, 4, 7>();
+    }
+  }
+  tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
+  tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
+  for (int p = 0; p < panels; p++)
+    promote(c[p], top, sx + row, sw[p], acc + row * stride + 16 * p, stride);
+}
+
+template <int n> struct Int {
+  static constexpr int value = n;
+};
+
+// A group of panels for at most 16 rows, where reading the weights is what takes time: a panel is decoded while
+// the tiles still work on the one before it, so that memory is never left waiting. The bits are those of
+// `multiply`.
+static void multiply_16(const K2Packed *w, const uint8_t *source, const float *scale, int panels, const Laid &laid,
+                         int64_t first, int num_rows, Wt *scratch, float *acc, int64_t stride) {
+  alignas(64) float c[4][256];
+  const int size = w->kind == K2_FP8 ? 16 : 32;
+  configure(num_rows, 0);
+  const Wt *next = ready(w->kind, source, depth_of(w, 0), scratch);
+  for (int block = 0, turn = 1; block < w->num_blocks; block++) {
+    const int depth = depth_of(w, block), next_depth = block + 1 < w->num_blocks ? depth_of(w, block + 1) : 0;
+    const Act *a = laid.a + laid.rows * laid.stride * block + first * depth;
+    auto one_panel = [&](auto number) {
+      constexpr int p = decltype(number)::value;
+      if (p >= panels)
+        return;
+      const Wt *b = next;
+      source += depth * size;
+      const int coming = p + 1 < panels ? depth : next_depth;
+      if (coming > 0)
+        next = ready(w->kind, source, coming, scratch + (turn++ & 1) * kBlockMax * 16);
+      tile_zero<p>();
+      for (int k = 0; k < depth; k += 32) {
+        tile_load<4>(a + k, depth * 2);
+        tile_load<6>(b + k * 16, 64);
+        tile_dot<p, 4, 6>();
+      }
+    };
+    one_panel(Int<0>()), one_panel(Int<1>()), one_panel(Int<2>()), one_panel(Int<3>());
+    tile_store<0>(c[0], 64), tile_store<1>(c[1], 64), tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
+    for (int p = 0; p < panels; p++)
+      promote(c[p], num_rows, laid.sx + block * laid.rows + first, scale ? scale[p * w->num_blocks + block] : 1.0f, acc + 16 * p, stride);
+  }
+}
