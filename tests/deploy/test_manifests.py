@@ -138,12 +138,11 @@ def test_the_configuration_loads_and_fits(objects: Objects) -> None:
 
 
 def test_the_configuration_is_the_one_of_bare_machines(objects: Objects, overlay: str) -> None:
-    """Up to where it listens, where the weights are, and patience."""
+    """Up to where it listens and who may call, where the weights are, how much is cached, and patience."""
     there = load_cluster(ROOT / "cluster_configs" / LIKE[overlay])
     here = MANIFESTS.cluster_config(objects)
-    for section in ("parallel", "ranks", "kernels", "dtype"):
+    for section in ("parallel", "exchange", "ranks", "nodes", "kernels", "dtype"):
         assert getattr(here, section) == getattr(there, section), section
-    assert here.nodes.num_nodes == there.nodes.num_nodes
 
 
 def test_the_mounted_configuration_is_the_one_that_serves(objects: Objects, overlay: str) -> None:
@@ -215,8 +214,6 @@ def test_the_startup_probe_outlasts_the_start(objects: Objects, overlay: str) ->
 
 def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
     """`k2dist plan` counts more than bytes over the disk's speed."""
-    if "plan" not in typer.main.get_command(app).commands:
-        pytest.skip("there is no `k2dist plan` yet")
     rate = ("--disk-gb-s", str(MANIFESTS.DISK_BYTES_PER_S / 1e9))
     for overlay in ("h200-2x8", "h200-4x8-rdma"):
         limits = MANIFESTS.cluster_config(rendered[overlay]).deadlines
