@@ -17,12 +17,14 @@ import yaml
 from typer.testing import CliRunner
 
 from k2dist.cli.app import app
-from k2dist.config.load import load_cluster
+from k2dist.config.cluster import exposures
+from k2dist.config.load import load_cluster, parse_cluster
 from tests.deploy.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = ROOT.parent / "shared" / "k8s"
 MANIFESTS = load_script(ROOT / "deploy/kuberay/manifests.py")
+TWO_HOSTS = load_script(ROOT / "deploy/two_hosts.py")
 OVERLAYS = sorted(path.name for path in MANIFESTS.OVERLAYS.iterdir())
 SERVED_BY = {"h200-2x8-job": "head"}  # the others have a service pod
 LIKE = {
@@ -190,6 +192,59 @@ def test_weights_are_where_the_configuration_says(objects: Objects, overlay: str
         assert model is None or model.startswith("/models/")
 
 
+def test_whoever_is_let_in_without_a_key_is_let_in_by_name(objects: Objects, overlay: str) -> None:
+    """Only the demo says --insecure; the others would not start if their keys were not named."""
+    (serve,) = (arguments for arguments in MANIFESTS.commands(objects) if arguments[0] == "serve")
+    is_exposed = bool(list(exposures(MANIFESTS.cluster_config(objects).service)))
+    assert is_exposed == ("--insecure" in serve) == (overlay == "cpu-demo")
+
+
+def test_keys_are_a_secret_where_the_configuration_looks(objects: Objects, overlay: str) -> None:
+    """In the pod that serves and in no other; Prometheus has one of its own."""
+    path = MANIFESTS.cluster_config(objects).service.api_keys
+    served_by = SERVED_BY.get(overlay, "service")
+    for part, group in parts(objects).items():
+        secrets = secret_mounts(group)
+        wanted = part == served_by and path is not None
+        assert secrets == ({str(Path(path).parent): "k2dist-secrets"} if wanted and path else {}), part
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["authorization"]["credentials"] == {"name": "k2dist-monitor", "key": "key"}
+
+
+def secret_mounts(group: Any) -> dict[str, str]:
+    """Directory: secret."""
+    volumes = {
+        volume["name"]: volume["secret"]["secretName"]
+        for volume in group.template["spec"].get("volumes", ())
+        if "secret" in volume
+    }
+    mounts = [mount for mount in group.container.get("volumeMounts", ()) if mount["name"] in volumes]
+    assert all("subPath" not in mount and mount["readOnly"] for mount in mounts)  # a subPath is never updated
+    return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+
+
+def test_certificates_are_a_component(tmp_path: Path) -> None:
+    """With the line of configuration that it asks for, which has to be valid and lead to its files."""
+    objects = with_component(tmp_path, "h200-2x8", "tls")
+    assert list(MANIFESTS.faults(objects, None)) == []
+    service = parts(objects)["service"]
+    probes = [service.container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
+    (monitor,) = of_kind(objects, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+
+    comment = (ROOT / "deploy/kuberay/components/tls/kustomization.yaml").read_text()
+    (line,) = re.findall(r"^#   (tls: \{.*\})$", comment, flags=re.M)
+    text = (MANIFESTS.OVERLAYS / "h200-2x8/cluster.yaml").read_text()
+    tls = parse_cluster(text.replace("service:\n", f"service:\n  {line}\n"), "with tls").service.tls
+    directory, secret = next(item for item in secret_mounts(service).items() if "tls" in item[1])
+    assert {str(Path(path).parent) for path in (tls.cert, tls.key, tls.ca) if path} == {directory}
+    assert endpoint["scheme"] == "https"
+    assert endpoint["tlsConfig"]["serverName"] == tls.name
+    assert endpoint["tlsConfig"]["ca"]["secret"] == {"name": secret, "key": Path(tls.ca or "").name}
+
+
 def test_ports_are_the_configurations(objects: Objects) -> None:
     service = MANIFESTS.cluster_config(objects).service
     wanted = {"http": int(service.http.rpartition(":")[2]), "grpc": int(service.grpc.rpartition(":")[2])}
@@ -234,6 +289,14 @@ def test_pods_outlive_the_drain(objects: Objects) -> None:
         before = re.search(r"sleep (\d+)", list(group.scripts)[1])
         before_s = int(before.group(1)) if before else 0
         assert group.template["spec"]["terminationGracePeriodSeconds"] >= before_s + drain_s + 10
+
+
+def test_a_lost_machine_is_noticed_as_in_the_rehearsal_of_two_hosts(objects: Objects) -> None:
+    """By Ray's head, before a rank's peers give up on it: else the error names the rank only."""
+    environment = {one["name"]: one["value"] for one in parts(objects)["head"].container["env"]}
+    assert environment == TWO_HOSTS.NOTICE
+    period_ms, timeout_ms, times = map(int, TWO_HOSTS.NOTICE.values())
+    assert times * (period_ms + timeout_ms) / 1e3 < MANIFESTS.cluster_config(objects).deadlines.step_s
 
 
 def test_probes_ask_what_answers(rendered: dict[str, Objects]) -> None:
