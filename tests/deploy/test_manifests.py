@@ -115,6 +115,37 @@ def with_component(directory: Path, overlay: str, component: str) -> Objects:
     return objects
 
 
+# -- said ----------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_has_to_be_made_first(rendered: dict[str, Objects]) -> None:
+    """Every secret that some pod or scraper looks for, and its keys; neither is in the manifests."""
+    needed = {name: list(MANIFESTS.needs(objects)) for name, objects in rendered.items()}
+    assert needed["cpu-demo"] == ["secret k2dist-redis: password"]
+    assert needed["h200-2x8"] == needed["h200-4x8-rdma"]
+    assert needed["h200-2x8"] == [
+        "secret k2dist-monitor: key",
+        "secret k2dist-redis: password",
+        "secret k2dist-secrets: keys.yaml",
+        "the checkpoint, in the volume of a claim, as /models/Kimi-K2-Instruct",
+    ]
+    readme = (ROOT / "deploy/kuberay/README.md").read_text()
+    for line in needed["h200-2x8"][:3]:
+        assert f"create secret generic {line.split(':')[0].removeprefix('secret ')} " in readme
+
+
+def test_the_summarys_arithmetic_is_the_plans(rendered: dict[str, Objects]) -> None:
+    """Whoever runs the command that it ends with sees the same figures."""
+    said = list(MANIFESTS.summary("h200-2x8", rendered["h200-2x8"]))
+    assert "  a rank's memory: 95.7 GB and 54.0 GB of cache, of 150.0 GB: it fits" in said
+    command = said[-1].partition("k2dist plan ")[2].split()
+    path = ROOT / command.pop(0)
+    shown = CliRunner().invoke(app, ["plan", str(path), *command])
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"together +95\.72 GB", shown.output)
+    assert "53.97 GB a rank" in shown.output
+
+
 # -- of one mind with the program ----------------------------------------------------------------------------
 
 
