@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from k2dist.cli.app import app
 from k2dist.cli.trace import lines_of
 from k2dist.messages import Course
 from k2dist.observe import OutputTrace, Trace
