@@ -48,5 +48,6 @@ EXPOSE 8000 50051
 HEALTHCHECK --interval=10s --timeout=7s --start-period=3600s --retries=3 \
     CMD ["wget", "--quiet", "--tries=1", "--timeout=6", "--output-document=/dev/null", "http://127.0.0.1:8000/health"]
 ENTRYPOINT ["tini", "--"]
-# There is no configuration in this image: it is the cluster's (deploy/kuberay), or mount one.
-CMD ["k2dist", "serve", "/etc/k2dist/cluster.yaml", "--grpc", "0.0.0.0:50051", "--http", "0.0.0.0:8000", "--insecure"]
+# There is no configuration in this image: it is the cluster's (deploy/kuberay), or mount one, with the keys that it names
+# (service.api_keys); --insecure would do without.
+CMD ["k2dist", "serve", "/etc/k2dist/cluster.yaml", "--grpc", "0.0.0.0:50051", "--http", "0.0.0.0:8000"]

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from k2dist.cli.app import app
 from k2dist.cli.trace import lines_of
 from k2dist.messages import Course
 from k2dist.observe import OutputTrace, Trace
@@ -61,3 +68,22 @@ def test_a_request_under_way_says_how_far_it_is() -> None:
         "     0.750 s  output 0: newest token, 7 tokens so far",
         "            it goes on",
     ]
+
+
+def test_it_shows_its_key_where_one_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a secured cluster says nothing of any request."""
+    (tmp_path / "key").write_text("k2_a_b\n")
+    shown: dict[str, Any] = {}
+
+    class AskedError(Exception):
+        """Instead of a connection."""
+
+    def connect(address: str, **access: Any) -> None:
+        shown.update(access, address=address)
+        raise AskedError
+
+    monkeypatch.setattr("k2dist.cli.trace.Client", connect)
+    arguments = ["inspect", "trace", "a", "--address", "h:1", "--ca", "ca.pem"]
+    ended = CliRunner().invoke(app, [*arguments, "--api-key-file", str(tmp_path / "key")])
+    assert isinstance(ended.exception, AskedError)
+    assert (shown["address"], shown["api_key"], shown["tls"].ca) == ("h:1", "k2_a_b", "ca.pem")

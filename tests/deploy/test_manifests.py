@@ -17,12 +17,14 @@ import yaml
 from typer.testing import CliRunner
 
 from k2dist.cli.app import app
-from k2dist.config.load import load_cluster
+from k2dist.config.cluster import exposures
+from k2dist.config.load import load_cluster, parse_cluster
 from tests.deploy.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = ROOT.parent / "shared" / "k8s"
 MANIFESTS = load_script(ROOT / "deploy/kuberay/manifests.py")
+TWO_HOSTS = load_script(ROOT / "deploy/two_hosts.py")
 OVERLAYS = sorted(path.name for path in MANIFESTS.OVERLAYS.iterdir())
 SERVED_BY = {"h200-2x8-job": "head"}  # the others have a service pod
 LIKE = {
@@ -113,6 +115,37 @@ def with_component(directory: Path, overlay: str, component: str) -> Objects:
     return objects
 
 
+# -- said ----------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_has_to_be_made_first(rendered: dict[str, Objects]) -> None:
+    """Every secret that some pod or scraper looks for, and its keys; neither is in the manifests."""
+    needed = {name: list(MANIFESTS.needs(objects)) for name, objects in rendered.items()}
+    assert needed["cpu-demo"] == ["secret k2dist-redis: password"]
+    assert needed["h200-2x8"] == needed["h200-4x8-rdma"]
+    assert needed["h200-2x8"] == [
+        "secret k2dist-monitor: key",
+        "secret k2dist-redis: password",
+        "secret k2dist-secrets: keys.yaml",
+        "the checkpoint, in the volume of a claim, as /models/Kimi-K2-Instruct",
+    ]
+    readme = (ROOT / "deploy/kuberay/README.md").read_text()
+    for line in needed["h200-2x8"][:3]:
+        assert f"create secret generic {line.split(':')[0].removeprefix('secret ')} " in readme
+
+
+def test_the_summarys_arithmetic_is_the_plans(rendered: dict[str, Objects]) -> None:
+    """Whoever runs the command that it ends with sees the same figures."""
+    said = list(MANIFESTS.summary("h200-2x8", rendered["h200-2x8"]))
+    assert "  a rank's memory: 95.7 GB and 54.0 GB of cache, of 150.0 GB: it fits" in said
+    command = said[-1].partition("k2dist plan ")[2].split()
+    path = ROOT / command.pop(0)
+    shown = CliRunner().invoke(app, ["plan", str(path), *command])
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"together +95\.72 GB", shown.output)
+    assert "53.97 GB a rank" in shown.output
+
+
 # -- of one mind with the program ----------------------------------------------------------------------------
 
 
@@ -138,12 +171,11 @@ def test_the_configuration_loads_and_fits(objects: Objects) -> None:
 
 
 def test_the_configuration_is_the_one_of_bare_machines(objects: Objects, overlay: str) -> None:
-    """Up to where it listens, where the weights are, and patience."""
+    """Up to where it listens and who may call, where the weights are, how much is cached, and patience."""
     there = load_cluster(ROOT / "cluster_configs" / LIKE[overlay])
     here = MANIFESTS.cluster_config(objects)
-    for section in ("parallel", "ranks", "kernels", "dtype"):
+    for section in ("parallel", "exchange", "ranks", "nodes", "kernels", "dtype"):
         assert getattr(here, section) == getattr(there, section), section
-    assert here.nodes.num_nodes == there.nodes.num_nodes
 
 
 def test_the_mounted_configuration_is_the_one_that_serves(objects: Objects, overlay: str) -> None:
@@ -191,6 +223,59 @@ def test_weights_are_where_the_configuration_says(objects: Objects, overlay: str
         assert model is None or model.startswith("/models/")
 
 
+def test_whoever_is_let_in_without_a_key_is_let_in_by_name(objects: Objects, overlay: str) -> None:
+    """Only the demo says --insecure; the others would not start if their keys were not named."""
+    (serve,) = (arguments for arguments in MANIFESTS.commands(objects) if arguments[0] == "serve")
+    is_exposed = bool(list(exposures(MANIFESTS.cluster_config(objects).service)))
+    assert is_exposed == ("--insecure" in serve) == (overlay == "cpu-demo")
+
+
+def test_keys_are_a_secret_where_the_configuration_looks(objects: Objects, overlay: str) -> None:
+    """In the pod that serves and in no other; Prometheus has one of its own."""
+    path = MANIFESTS.cluster_config(objects).service.api_keys
+    served_by = SERVED_BY.get(overlay, "service")
+    for part, group in parts(objects).items():
+        secrets = secret_mounts(group)
+        wanted = part == served_by and path is not None
+        assert secrets == ({str(Path(path).parent): "k2dist-secrets"} if wanted and path else {}), part
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["authorization"]["credentials"] == {"name": "k2dist-monitor", "key": "key"}
+
+
+def secret_mounts(group: Any) -> dict[str, str]:
+    """Directory: secret."""
+    volumes = {
+        volume["name"]: volume["secret"]["secretName"]
+        for volume in group.template["spec"].get("volumes", ())
+        if "secret" in volume
+    }
+    mounts = [mount for mount in group.container.get("volumeMounts", ()) if mount["name"] in volumes]
+    assert all("subPath" not in mount and mount["readOnly"] for mount in mounts)  # a subPath is never updated
+    return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+
+
+def test_certificates_are_a_component(tmp_path: Path) -> None:
+    """With the line of configuration that it asks for, which has to be valid and lead to its files."""
+    objects = with_component(tmp_path, "h200-2x8", "tls")
+    assert list(MANIFESTS.faults(objects, None)) == []
+    service = parts(objects)["service"]
+    probes = [service.container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
+    (monitor,) = of_kind(objects, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+
+    comment = (ROOT / "deploy/kuberay/components/tls/kustomization.yaml").read_text()
+    (line,) = re.findall(r"^#   (tls: \{.*\})$", comment, flags=re.M)
+    text = (MANIFESTS.OVERLAYS / "h200-2x8/cluster.yaml").read_text()
+    tls = parse_cluster(text.replace("service:\n", f"service:\n  {line}\n"), "with tls").service.tls
+    directory, secret = next(item for item in secret_mounts(service).items() if "tls" in item[1])
+    assert {str(Path(path).parent) for path in (tls.cert, tls.key, tls.ca) if path} == {directory}
+    assert endpoint["scheme"] == "https"
+    assert endpoint["tlsConfig"]["serverName"] == tls.name
+    assert endpoint["tlsConfig"]["ca"]["secret"] == {"name": secret, "key": Path(tls.ca or "").name}
+
+
 def test_ports_are_the_configurations(objects: Objects) -> None:
     service = MANIFESTS.cluster_config(objects).service
     wanted = {"http": int(service.http.rpartition(":")[2]), "grpc": int(service.grpc.rpartition(":")[2])}
@@ -215,8 +300,6 @@ def test_the_startup_probe_outlasts_the_start(objects: Objects, overlay: str) ->
 
 def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
     """`k2dist plan` counts more than bytes over the disk's speed."""
-    if "plan" not in typer.main.get_command(app).commands:
-        pytest.skip("there is no `k2dist plan` yet")
     rate = ("--disk-gb-s", str(MANIFESTS.DISK_BYTES_PER_S / 1e9))
     for overlay in ("h200-2x8", "h200-4x8-rdma"):
         limits = MANIFESTS.cluster_config(rendered[overlay]).deadlines
@@ -237,6 +320,14 @@ def test_pods_outlive_the_drain(objects: Objects) -> None:
         before = re.search(r"sleep (\d+)", list(group.scripts)[1])
         before_s = int(before.group(1)) if before else 0
         assert group.template["spec"]["terminationGracePeriodSeconds"] >= before_s + drain_s + 10
+
+
+def test_a_lost_machine_is_noticed_as_in_the_rehearsal_of_two_hosts(objects: Objects) -> None:
+    """By Ray's head, before a rank's peers give up on it: else the error names the rank only."""
+    environment = {one["name"]: one["value"] for one in parts(objects)["head"].container["env"]}
+    assert environment == TWO_HOSTS.NOTICE
+    period_ms, timeout_ms, times = map(int, TWO_HOSTS.NOTICE.values())
+    assert times * (period_ms + timeout_ms) / 1e3 < MANIFESTS.cluster_config(objects).deadlines.step_s
 
 
 def test_probes_ask_what_answers(rendered: dict[str, Objects]) -> None:
