@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from k2dist.cli.access import CaOption, CertOption, KeyFileOption, KeyOption, read_access
 from k2dist.cli.chat import DEFAULT_ADDRESS
 from k2dist.observe import OutputTrace, Trace
 from k2dist.service.client import Client
@@ -18,9 +19,14 @@ def trace(
     request: Annotated[str, typer.Argument(help="The request's id, as its answer gives it.")],
     address: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")] = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
     """What happened to one request: while it runs, and for service.retain_s after its end."""
-    with Client(address) as client:
+    access = read_access(ca, cert, key, api_key_file)
+    with Client(address, tls=access.tls, api_key=access.api_key) as client:
         found = client.trace(request)
     typer.echo(msgspec.json.encode(found).decode() if as_json else "\n".join(lines_of(found)))
 
