@@ -92,9 +92,7 @@ def measure(
     try:
         with carriers(num_streams, with_gateway=over == "sse", cores=cores) as running:
             scheme = "grpc" if over == "grpc" else "http"
-            target = make_target(
-                f"{scheme}://{running.addresses[scheme]}", model="", api_key=None, timeout_s=_TIMEOUT_S
-            )
+            target = make_target(f"{scheme}://{running.addresses[scheme]}", model="", timeout_s=_TIMEOUT_S)
             bench = _Bench(over, running, target, num_streams)
             return asyncio.run(bench.run(pace_per_s, seconds, len(cores), show))
     finally:

@@ -21,6 +21,7 @@ from k2dist.service.answer_events import Delta, Failed, Finished
 from k2dist.service.client import AsyncClient
 from k2dist.service.client_request import ClientRequest, PartialSampling
 from k2dist.service.openai_requests import read_chat_body
+from k2dist.service.tls import ClientTls, client_context
 
 _MAX_ERROR_CHARS = 200
 _CONNECT_S = 30.0
@@ -42,31 +43,44 @@ class Target(Protocol):
         """One request to its end; what comes is noted in `sample`, and so is what goes wrong."""
 
 
-def make_target(url: str, *, model: str, api_key: str | None, timeout_s: float) -> Target:
-    """`url`: http://, https:// or grpc://host:port. UsageError: another."""
+def make_target(
+    url: str, *, model: str, timeout_s: float, tls: ClientTls | None = None, api_key: str = ""
+) -> Target:
+    """`url`: http://, https:// or grpc://host:port. UsageError: another, or one that takes no `tls`.
+
+    `tls` None: grpc in the clear, https by the CAs that this machine trusts. `api_key` empty: none is sent.
+    """
     scheme, _, rest = url.partition("://")
+    if scheme == "http" and tls is not None:
+        raise UsageError(f"--url={url}: --ca is for TLS; use https:// or grpc://")
     if scheme in ("http", "https") and rest:
-        return HttpTarget(url, model=model, api_key=api_key, timeout_s=timeout_s)
+        return HttpTarget(url, model=model, timeout_s=timeout_s, tls=tls, api_key=api_key)
     if scheme == "grpc" and rest:
-        return GrpcTarget(url, model=model, timeout_s=timeout_s)
+        return GrpcTarget(url, model=model, timeout_s=timeout_s, tls=tls, api_key=api_key)
     raise UsageError(f"--url={url}: use http://HOST:PORT, https://HOST:PORT or grpc://HOST:PORT")
 
 
 class HttpTarget:
     """`url` with or without /v1. `model` empty: the first one that the server lists."""
 
-    def __init__(self, url: str, *, model: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, model: str, timeout_s: float, tls: ClientTls | None, api_key: str
+    ) -> None:
         self.url = url
+        self._tls = tls
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._model = model
-        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_S)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         # No bound of its own on connections: how many there may be is for the load to say.
+        connector = aiohttp.TCPConnector(
+            limit=0, ssl=True if self._tls is None else client_context(self._tls)
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), headers=self._headers, timeout=self._timeout
+            connector=connector, headers=self._headers, timeout=self._timeout
         )
         if not self._model:
             try:
@@ -118,15 +132,18 @@ class HttpTarget:
 class GrpcTarget:
     """k2dist's own API, read by its own client."""
 
-    def __init__(self, url: str, *, model: str, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, model: str, timeout_s: float, tls: ClientTls | None, api_key: str
+    ) -> None:
         self.url = url
+        self._tls, self._api_key = tls, api_key
         self._address = url.partition("://")[2].rstrip("/")
         self._model = model
         self._timeout_s = timeout_s
         self._client: AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
-        self._client = AsyncClient(self._address)
+        self._client = AsyncClient(self._address, tls=self._tls, api_key=self._api_key)
         try:
             await self._client.models()
         except BaseException:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from k2dist.cli.access import CaOption, CertOption, KeyFileOption, KeyOption, read_access
 from k2dist.cli.bench_bar import bench_bar
 from k2dist.cli.bench_print import figures, print_json
 from k2dist.cli.environment import openai_api_key
@@ -47,6 +48,10 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Of prompts and times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
     """First token, next token, whole answer and throughput of a server, as its clients see them."""
     # With grpc and aiohttp: not for others.
@@ -63,7 +68,9 @@ def serve(
         asks = made_up(input_len or INPUT_LEN, output_len or OUTPUT_LEN, seed)
     else:
         asks = of_file(dataset, output_len, seed)
-    target = make_target(url, model=model, api_key=openai_api_key(), timeout_s=timeout)
+    access = read_access(ca, cert, key, api_key_file)
+    api_key = access.api_key or openai_api_key() or ""
+    target = make_target(url, model=model, timeout_s=timeout, tls=access.tls, api_key=api_key)
     load = Load(num_requests=requests, concurrency=concurrency, rate_per_s=rate, seed=seed)
     with bench_bar("answers", is_quiet=as_json) as show:
         done = count(1)
@@ -77,11 +84,11 @@ def serve(
 
 
 def _print(report: ServeReport, console: Console) -> None:
-    table = figures("ms", "mean", "p50", "p90", "p95", "p99", "max", "count")
+    table = figures("ms", "mean", "p50", "p90", "p95", "p99", "max", "count", is_narrow=True)
     for title, spread in (
         ("first token", report.first_ms),
         ("next event", report.event_ms),
-        ("per token after the first", report.token_ms),
+        ("each later token", report.token_ms),
         ("whole answer", report.whole_ms),
     ):
         table.add_row(title, *_cells(spread))

@@ -14,6 +14,7 @@ from k2dist.messages import ChatMessage, Sampling
 from k2dist.scheduler import Limits
 from k2dist.service.client import AsyncClient
 from k2dist.service.client_request import PartialSampling
+from k2dist.service.tls import ClientTls
 from k2dist.service.whole_answer import WholeAnswer
 from k2dist.text.chat import encode_chat
 from k2dist.text.tokenizer import Tokenizer, end_token_ids
@@ -40,15 +41,16 @@ class Chat(Protocol):
 class GrpcChat:
     """Through the coordinator of a running cluster, several requests at once."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
         self._address = address
+        self._tls, self._api_key = tls, api_key
 
     def __call__(self, turns: Sequence[Turn]) -> list[Answer]:
         return asyncio.run(self._answers(turns))
 
     async def _answers(self, turns: Sequence[Turn]) -> list[Answer]:
         places = asyncio.Semaphore(_AT_ONCE)
-        async with AsyncClient(self._address) as client:
+        async with AsyncClient(self._address, tls=self._tls, api_key=self._api_key) as client:
 
             async def answer(turn: Turn) -> Answer:
                 async with places:

@@ -23,6 +23,7 @@ from k2dist.demo.chats import Chat, GrpcChat, LocalChat, Turn
 from k2dist.demo.phrases import phrasing
 from k2dist.demo.tools import Tool
 from k2dist.messages import ChatMessage, ToolCall
+from k2dist.service.tls import ClientTls
 from k2dist.text.tool_calls import Answer
 
 NUM_WEATHER, NUM_OTHERS = 200, 50
@@ -215,9 +216,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--weather", type=int, default=NUM_WEATHER, help="weather questions")
     parser.add_argument("--others", type=int, default=NUM_OTHERS, help="questions of every other kind")
+    parser.add_argument("--ca", help="PEM file of the CA that signed the cluster's certificate: TLS")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the API key")
     options = parser.parse_args()
     cases = held_out_cases(num_weather=options.weather, num_others=options.others)
-    chat: Chat = GrpcChat(options.address) if options.address else LocalChat(options.model)
+    if options.address is None:
+        chat: Chat = LocalChat(options.model)
+    else:
+        tls = None if options.ca is None else ClientTls(ca=options.ca)
+        api_key = "" if options.api_key_file is None else options.api_key_file.read_text("utf-8").strip()
+        chat = GrpcChat(options.address, tls=tls, api_key=api_key)
     outcomes = run_cases(cases, chat)
     print(failures(outcomes), file=sys.stderr)
     print(table(outcomes))

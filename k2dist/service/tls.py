@@ -1,9 +1,8 @@
 """TLS for both servers and their clients: certificates from files, read again when they change.
 
-    service.tls.cert, .key      what the servers show: PEM, the chain with the leaf first; its key, not
-    encrypted service.tls.client_ca       given: whoever connects must show a certificate that this CA has
-    signed (mTLS) service.tls.ca, .name       by what the gateway, and other coordinators, know a
-    coordinator's certificate
+    service.tls.cert, .key     what the servers show: PEM, the chain with the leaf first; its plain key
+    service.tls.client_ca      given: whoever connects must show a certificate that this CA has signed (mTLS)
+    service.tls.ca, .name      by what the gateway, and other coordinators, know a coordinator's certificate
 
 New connections get the new certificate within a second or two of its files' change; those that are open stay.
 """
@@ -55,15 +54,25 @@ def check_files(config: TlsConfig) -> None:
         _grpc_configuration(config)
 
 
+def client_context(tls: ClientTls) -> ssl.SSLContext:
+    """For an HTTP client, whose URL names the host. ConfigError names the file at fault."""
+    cas = None if tls.ca == SYSTEM else _read_cas("ca", tls.ca).decode("ascii", "replace")
+    context = ssl.create_default_context(cadata=cas)  # a CA given: it alone is trusted
+    pair = _own_pair(tls)
+    if pair is not None:
+        _load_pair(context, "", *pair)
+    return context
+
+
 def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
     """For a gRPC client. ConfigError names the file at fault."""
     ca = None if tls.ca == SYSTEM else _read_cas("ca", tls.ca)
-    if tls.cert is None or tls.key is None:
-        if tls.cert is not tls.key:
-            raise ConfigError("cert and key: a certificate and its key go together; give both")
+    pair = _own_pair(tls)
+    if pair is None:
         return grpc.ssl_channel_credentials(ca)
-    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "", tls.cert, tls.key)
-    return grpc.ssl_channel_credentials(ca, _read("key", tls.key), _read("cert", tls.cert))
+    cert, key = pair
+    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "", cert, key)
+    return grpc.ssl_channel_credentials(ca, _read("key", key), _read("cert", cert))
 
 
 def open_channel(address: str, tls: ClientTls | None) -> grpc.aio.Channel:
@@ -81,6 +90,14 @@ def inner_tls(config: TlsConfig) -> ClientTls | None:
     assert config.ca is not None, "the config was checked"
     cert, key = (config.cert, config.key) if config.client_ca is not None else (None, None)
     return ClientTls(ca=config.ca, cert=cert, key=key, name=config.name)
+
+
+def _own_pair(tls: ClientTls) -> tuple[str, str] | None:
+    if tls.cert is not None and tls.key is not None:
+        return tls.cert, tls.key
+    if tls.cert is not tls.key:
+        raise ConfigError("cert and key: a certificate and its key go together; give both")
+    return None
 
 
 class _LiveContext(ssl.SSLContext):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from msgspec.structs import replace
 
 from k2dist.bench.carriers import _config
 from k2dist.bench.gateway import GatewayReport, Window
@@ -22,19 +23,25 @@ from k2dist.bench.serve_asks import made_up, of_file
 from k2dist.bench.serve_report import Percentiles, Sample, summarise
 from k2dist.bench.serve_targets import make_target
 from k2dist.bench.stub_lane import StubLane
+from k2dist.config.cluster import TlsConfig
 from k2dist.demo import MODEL_DIR
-from k2dist.errors import UnavailableError, UsageError
+from k2dist.errors import K2Error, UnavailableError, UsageError
 from k2dist.service.coordinator_actor import CoordinatorActor
 from k2dist.service.gateway_actor import GatewayActor
+from k2dist.service.new_key import add_key
+from k2dist.service.tls import ClientTls
+from tests.service.certificates import Authority
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[tuple[str, str]]:
+async def served(**service: object) -> AsyncIterator[tuple[str, str]]:
     """gRPC's and HTTP's address of a real service before a stub lane that makes 2,000 tokens/s."""
     made: list[int] = []
     config = _config(8)
-    coordinator = CoordinatorActor(config, MODEL_DIR, (StubLane(ord("a"), lambda: 2000.0, made.append),))
-    gateway = GatewayActor(config)
+    config = replace(config, service=replace(config.service, **service))
+    lane = StubLane(ord("a"), lambda: 2000.0, made.append)
+    coordinator = CoordinatorActor(config, MODEL_DIR, (lane,), inner_key="of-the-gateway")
+    gateway = GatewayActor(config, "of-the-gateway")
     grpc = await coordinator.start()
     try:
         yield grpc, await gateway.start(grpc, "127.0.0.1:0")
@@ -48,7 +55,7 @@ def test_every_token_that_a_server_made_is_counted(kind: str) -> None:
     async def run() -> None:
         async with served() as (grpc, http):
             url = f"grpc://{grpc}" if kind == "grpc" else f"http://{http}/v1"
-            target = make_target(url, model="", api_key=None, timeout_s=30)
+            target = make_target(url, model="", timeout_s=30)
             done: list[None] = []
             load = Load(num_requests=12, concurrency=4)
             report = await measure(target, made_up(10, 20, seed=1), load, lambda: done.append(None))
@@ -70,7 +77,7 @@ def test_conversations_come_from_a_file(kind: str, tmp_path: Path) -> None:
     async def run() -> None:
         async with served() as (grpc, http):
             url = f"grpc://{grpc}" if kind == "grpc" else f"http://{http}"
-            target = make_target(url, model="", api_key=None, timeout_s=30)
+            target = make_target(url, model="", timeout_s=30)
             asks = of_file(tmp_path / "asks.jsonl", output_len=7, seed=0)
             report = await measure(target, asks, Load(num_requests=5, rate_per_s=1000.0))
         assert (report.num_failed, report.completion_tokens) == (0, 35)
@@ -78,15 +85,41 @@ def test_conversations_come_from_a_file(kind: str, tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.mark.parametrize("kind", ["grpc", "http"])
+def test_a_guarded_server_is_reached_with_a_key_and_its_ca(kind: str, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server", "127.0.0.1")
+    mutual = TlsConfig(cert=pair.cert, key=pair.key, ca=authority.ca, client_ca=authority.ca)
+    key = add_key(tmp_path / "keys.yaml", tenant="a")
+    shown = ClientTls(ca=authority.ca, cert=pair.cert, key=pair.key)
+
+    async def run() -> None:
+        async with served(api_keys=str(tmp_path / "keys.yaml"), tls=mutual) as (grpc, http):
+            url = f"grpc://{grpc}" if kind == "grpc" else f"https://{http}"
+
+            async def num_failed(tls: ClientTls | None, api_key: str) -> int:
+                target = make_target(url, model="", timeout_s=10, tls=tls, api_key=api_key)
+                return (await measure(target, made_up(4, 4, seed=0), Load(num_requests=2))).num_failed
+
+            assert await num_failed(shown, key) == 0
+            for tls, api_key in ((shown, ""), (replace(shown, cert=None, key=None), key), (None, key)):
+                with pytest.raises(K2Error):
+                    await num_failed(tls, api_key)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    with pytest.raises(UsageError, match="--ca is for TLS"):
+        make_target("http://127.0.0.1:1", model="", timeout_s=1, tls=shown)
+
+
 def test_what_fails_is_counted_by_its_words() -> None:
     async def run() -> None:
         async with served() as (_, http):
-            target = make_target(f"http://{http}", model="another", api_key=None, timeout_s=30)
+            target = make_target(f"http://{http}", model="another", timeout_s=30)
             with pytest.raises(UnavailableError, match="no request was answered: HTTP 404: model: 'another'"):
                 await measure(target, made_up(4, 4, seed=0), Load(num_requests=3))
 
     asyncio.run(asyncio.wait_for(run(), 20))
-    nobody = make_target("http://127.0.0.1:9", model="", api_key=None, timeout_s=5)
+    nobody = make_target("http://127.0.0.1:9", model="", timeout_s=5)
     with pytest.raises(UnavailableError, match="is it running"):
         asyncio.run(measure(nobody, made_up(4, 4, seed=0), Load(num_requests=1)))
 
@@ -157,11 +190,11 @@ def test_a_bad_file_is_named_with_its_line(text: str, words: str, tmp_path: Path
     ],
 )
 def test_counts_out_of_range_are_refused(load: Load) -> None:
-    target = make_target("grpc://127.0.0.1:9", model="", api_key=None, timeout_s=1)
+    target = make_target("grpc://127.0.0.1:9", model="", timeout_s=1)
     with pytest.raises(UsageError, match="use "):
         asyncio.run(measure(target, made_up(1, 1, 0), load))
     with pytest.raises(UsageError, match="grpc://HOST:PORT"):
-        make_target("ftp://x", model="", api_key=None, timeout_s=1)
+        make_target("ftp://x", model="", timeout_s=1)
 
 
 def test_a_pace_is_held_if_its_tokens_come_one_by_one() -> None:
