@@ -101,4 +101,10 @@ def _print(findings: Sequence[Finding], console: Console) -> None:
         table.add_row(level, finding.check, finding.node or "all", text)
     console.print(table)
     num_errors, num_warnings = len(errors_of(findings)), len(warnings_of(findings))
-    console.print(f"{num_errors} errors, {num_warnings} warnings, {len(findings)} findings")
+    console.print(
+        f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}, {_count(len(findings), 'finding')}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
