@@ -100,10 +100,8 @@ def _print(findings: Sequence[Finding], console: Console) -> None:
         level = Text(finding.level, style=_STYLES[finding.level])
         table.add_row(level, finding.check, finding.node or "all", text)
     console.print(table)
-    num_errors, num_warnings = len(errors_of(findings)), len(warnings_of(findings))
-    console.print(
-        f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}, {_count(len(findings), 'finding')}"
-    )
+    counted = (errors_of(findings), "error"), (warnings_of(findings), "warning"), (findings, "finding")
+    console.print(", ".join(_count(len(some), noun) for some, noun in counted))
 
 
 def _count(number: int, noun: str) -> str:
