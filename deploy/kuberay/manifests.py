@@ -199,7 +199,7 @@ def memory_plan(config: ClusterConfig) -> MemoryPlan:
     """ConfigError if the model does not fit."""
     architecture = _architecture(config)
     layout = configured_layout(architecture, config.parallel)
-    plan = plan_memory(architecture, layout, configured_terms(config))
+    plan = plan_memory(architecture, layout, configured_terms(config, architecture))
     check_memory(plan, config.cache.num_pages)
     return plan
 

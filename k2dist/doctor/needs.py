@@ -41,7 +41,7 @@ class Needs(Message, frozen=True, kw_only=True):
 
 def needs_of(config: ClusterConfig, architecture: Architecture, layout: Layout, *, joins_ray: bool) -> Needs:
     """Of `config` over this model. Raises `LayoutError` for a layout that is not legal."""
-    terms = configured_terms(config)
+    terms = configured_terms(config, architecture)
     plan = plan_memory(architecture, layout, terms)
     rank = max(plan.ranks, key=lambda rank: rank.fixed_bytes + config.cache.num_pages * rank.page_bytes)
     return Needs(

@@ -1,11 +1,8 @@
 """In which form a step runs: a pure rule of what all ranks have agreed on, so that all make the same calls.
 
-    prompts, more rows than recorded for     rows as they are, exact exchange
-    generated rows alone                     frames of a fixed capacity, where the config gives one
-    and every rank replays                   so many rows as the bucket has; those behind the step's are none
-
-Buckets are few, as each is recorded: sizes grow by a third or a half. Pages grow fourfold: attention of a
-recorded step launches programs for the longest table that its bucket holds, and those without keys soon end.
+prompts, more rows than recorded for     rows as they are, exact exchange
+generated rows alone                     frames of a fixed capacity, where the config gives one
+and every rank replays                   so many rows as the bucket has; those behind the step's are none
 """
 
 from __future__ import annotations
@@ -14,9 +11,7 @@ from dataclasses import dataclass
 
 from k2dist.comm import Capacity, CapacityRule, StepAgreement
 from k2dist.engine.shares import even_shares
-
-_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_FEWEST_PAGES, _PAGES_GROWTH = 16, 4
+from k2dist.parallel.buckets import page_buckets, row_buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +57,7 @@ class FormRule:
         split_tokens: int | None,
     ) -> FormRule:
         """`most_rows`, `most_pages`: of the largest step of generated rows that should be replayed."""
-        pages = [_FEWEST_PAGES]
-        while pages[-1] < most_pages:
-            pages.append(pages[-1] * _PAGES_GROWTH)
-        rows = tuple(size for size in _ROWS if size < most_rows)
-        return cls(
-            tp,
-            world_size,
-            padding,
-            (*rows, most_rows),
-            (*pages[:-1], min(pages[-1], most_pages)),
-            split_tokens,
-        )
+        return cls(tp, world_size, padding, row_buckets(most_rows), page_buckets(most_pages), split_tokens)
 
     @property
     def can_record(self) -> bool:

@@ -33,7 +33,7 @@ class Fit(Message, frozen=True, kw_only=True):
 
 def nearest_fits(config: ClusterConfig, architecture: Architecture) -> Iterator[str]:
     """Lines to put under a refusal; none where a device's memory is not known."""
-    terms = configured_terms(config)
+    terms = configured_terms(config, architecture)
     if terms.device_bytes is None or config.parallel.world_size > architecture.num_experts:
         return
     parallel = config.parallel

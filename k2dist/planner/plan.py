@@ -98,7 +98,7 @@ def _planned(
     assumed: Assumptions,
 ) -> ClusterPlan:
     layout = layout or configured_layout(architecture, config.parallel)
-    terms = configured_terms(config)
+    terms = configured_terms(config, architecture)
     site = configured_site(config, architecture, layout, assumed)
     memory = plan_memory(architecture, layout, terms)
     check_memory(memory, config.cache.num_pages)

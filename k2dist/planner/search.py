@@ -135,7 +135,7 @@ def _config(
 
 def _most_pages(architecture: Architecture, config: ClusterConfig) -> int:
     """With graphs, whichever exchange is taken."""
-    terms = replace(configured_terms(_padded(config)), page_tokens=PAGE_TOKENS)
+    terms = replace(configured_terms(_padded(config), architecture), page_tokens=PAGE_TOKENS)
     memory = device_bytes(config)
     assert memory is not None, "searched devices have a known memory"
     parallel = config.parallel
@@ -164,7 +164,7 @@ def _found(
     in_memory = survivable_losses(
         architecture,
         layout,
-        replace(configured_terms(config), device_bytes=None),  # by reload is not asked
+        replace(configured_terms(config, architecture), device_bytes=None),  # by reload is not asked
         num_nodes=config.nodes.num_nodes,
         least_tokens=1,
     )

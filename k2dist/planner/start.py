@@ -21,7 +21,8 @@ class StartEstimate(Message, frozen=True, kw_only=True):
     """All ranks of a node read side by side over one disk or mount, then lay out and test each for itself.
 
     `load_s`: reading and laying out, what a rank's `load` takes. `ready_s`: from the command to the first
-    request. `recapture_s`: graphs, again in each generation.
+    request. `recapture_s`: of all graphs together, each made when a step of its size first comes, and again
+    in each generation: none of it is before the first request.
     """
 
     rank_bytes: int  # of the checkpoint, read by the rank that reads most
@@ -48,7 +49,7 @@ def estimate_start(ranks: Sequence[RankMemory], site: Site, num_graphs: int) -> 
     start_s = assumed.start_s
     test_s = rank_bytes / assumed.test_rate
     recapture_s = num_graphs * assumed.capture_s
-    after_s = test_s + assumed.join_s + recapture_s
+    after_s = test_s + assumed.join_s
 
     def at(disk_rate: float) -> AtRate:
         load_s = node_bytes / disk_rate + rank_bytes / assumed.layout_rate

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from k2dist.config import Architecture
 from k2dist.config.cluster import ClusterConfig
 from k2dist.messages import Message
+from k2dist.parallel.buckets import page_buckets, row_buckets
 from k2dist.planner.devices import device_bytes
 
 
@@ -60,7 +62,7 @@ def form_named(kernels: str, stream_bytes: int) -> Form:
     raise AssertionError(f"no form is known for kernels {kernels!r}")
 
 
-def configured_terms(config: ClusterConfig) -> Terms:
+def configured_terms(config: ClusterConfig, architecture: Architecture) -> Terms:
     """`kernels: auto` is what `engine.kernels` takes where everything is installed."""
     stream_bytes = 2 if config.dtype == "bfloat16" else 4
     return Terms(
@@ -70,16 +72,19 @@ def configured_terms(config: ClusterConfig) -> Terms:
         max_samples=config.scheduler.max_running,
         reserve_bytes=config.nodes.reserve_bytes,
         device_bytes=device_bytes(config),
-        num_graphs=configured_graphs(config),
+        num_graphs=configured_graphs(config, architecture.max_positions),
         are_experts_here=config.ranks.rank_gpus == 0 or config.ranks.experts_device == "auto",
     )
 
 
-def configured_graphs(config: ClusterConfig) -> int:
-    """Of decode steps, one for each power of two up to `max_running` rows; a CPU captures none."""
-    if config.ranks.rank_gpus == 0 or config.exchange.capacity_factor is None:
+def configured_graphs(config: ClusterConfig, max_positions: int) -> int:
+    """Of decode steps, if every bucket comes up: rows by pages. None on a CPU, and none where what travels
+    between ranks has no capacity."""
+    is_alone = config.parallel.world_size == 1
+    if config.ranks.rank_gpus == 0 or (config.exchange.capacity_factor is None and not is_alone):
         return 0
-    return (config.scheduler.max_running - 1).bit_length() + 1
+    most_pages = -(-max_positions // config.cache.page_tokens)  # a lane with fewer records fewer
+    return len(row_buckets(config.scheduler.max_running)) * len(page_buckets(most_pages))
 
 
 def configured_kernels(config: ClusterConfig) -> str:

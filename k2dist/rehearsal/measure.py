@@ -223,7 +223,8 @@ def _report(
     ceilings: Ceilings,
 ) -> RehearsalReport:
     cluster, load, place = rehearsal.cluster, rehearsal.load, layout.place(rehearsal.world_rank)
-    whole = plan_memory(architecture, layout, configured_terms(cluster)).ranks[rehearsal.world_rank]
+    terms = configured_terms(cluster, architecture)
+    whole = plan_memory(architecture, layout, terms).ranks[rehearsal.world_rank]
     step_s = sum(part.ms for part in parts) / 1e3
     measured_ms = [1e3 * times.step_s for times in steps.times]
     return RehearsalReport(

@@ -48,7 +48,8 @@ def test_each_is_planned_and_says_why_in_its_first_lines(name: str) -> None:
 def test_exact_splits_are_chosen_where_frames_would_send_more(name: str) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_cluster(path)
-    padded = replace(config, exchange=ExchangeConfig(capacity_factor=1.25))
+    nodes = replace(config.nodes, device_bytes=200_000_000_000)  # room for frames and graphs
+    padded = replace(config, exchange=ExchangeConfig(capacity_factor=1.25), nodes=nodes)
     exact, framed = planned(config), planned(padded)
     told = re.search(r"would send ([\d.]+) times as much\s+for (\d+)", path.read_text().replace("\n# ", " "))
     assert told is not None

@@ -48,7 +48,7 @@ def plan_of(k2: Architecture, lanes: int, tp: int, device_bytes: int | None, **c
 def test_committed_configs_fit_k2_where_their_devices_are_known(k2: Architecture, path: Path) -> None:
     config = load_cluster(path)
     layout = configured_layout(k2, config.parallel)
-    plan = plan_memory(k2, layout, configured_terms(config))
+    plan = plan_memory(k2, layout, configured_terms(config, k2))
     check_memory(plan, config.cache.num_pages)
     assert (plan.num_pages is None) == (path.stem in ("laptop", "cpu-4", "cpu-2x2"))
     if plan.num_pages is not None:  # neither is there much more room than is used

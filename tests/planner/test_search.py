@@ -32,9 +32,10 @@ def test_the_best_config_is_accepted_and_gives_what_was_promised(k2: Architectur
 
 
 def test_one_node_of_h200_is_found_too_small_for_lanes_of_one_rank(k2: Architecture) -> None:
-    """126.87 GB of experts, and all of attention, embedding and head beside them."""
+    """126.87 GB of experts, and all of attention, embedding and head beside them; with two ranks, frames and
+    graphs leave no room for a context."""
     found = search(k2, machines("h200", 1), Workload(prompt_len=1000, output_len=100))
-    assert {one.config.parallel.tp for one in found} == {2, 4, 8}
+    assert {one.config.parallel.tp for one in found} == {4, 8}
 
 
 def test_second_copies_are_tried_where_they_let_a_node_die(k2: Architecture) -> None:

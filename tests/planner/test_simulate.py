@@ -59,7 +59,7 @@ def mixed(num: int, rate: float | None, *, shared: float = 0.0, seed: int = 0) -
 
 def loss_at(config: ClusterConfig, world_rank: int, at_s: float) -> Loss:
     layout = configured_layout(DEMO, config.parallel)
-    rank = plan_memory(DEMO, layout, configured_terms(config)).ranks[world_rank]
+    rank = plan_memory(DEMO, layout, configured_terms(config, DEMO)).ranks[world_rank]
     return loss_of(DEMO, layout, rank, model_of(config).site, at_s, recapture_s=0.0)
 
 
