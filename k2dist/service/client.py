@@ -22,6 +22,7 @@ import grpc
 
 from k2dist._proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from k2dist._proto.v1 import inference_pb2 as pb
+from k2dist.errors import UnavailableError
 from k2dist.messages import ChatMessage
 from k2dist.observe import Trace
 from k2dist.service.answer_events import AnswerEvent
@@ -193,19 +194,31 @@ class AsyncClient:
 
 
 class Client:
-    """`AsyncClient` for code without an event loop: it runs one in a thread. Close it after use."""
+    """`AsyncClient` for code without an event loop: it runs one in a thread. Close it after use; what other
+    threads still read from it ends then with an UnavailableError."""
 
     def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
+        self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="k2dist-client", daemon=True)
         self._thread.start()
         self._client = self._await(_connect(address, tls, api_key))
 
     def close(self) -> None:
-        self._await(self._client.close())
+        self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        """Nothing is left on the loop: what is destroyed with it unfinished, asyncio complains of."""
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,9 +282,13 @@ class Client:
             while (event := self._await(_next(events))) is not None:
                 yield event
         finally:
-            self._await(events.aclose())
+            if not self._is_closed:
+                self._await(events.aclose())
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._is_closed:
+            work.close()
+            raise UnavailableError("this client is closed")
         outcome: Future[T] = Future()
         tasks: list[asyncio.Task[T]] = []
 
@@ -282,6 +299,8 @@ class Client:
         self._loop.call_soon_threadsafe(begin)
         try:
             return outcome.result()
+        except asyncio.CancelledError as error:
+            raise UnavailableError("this client was closed meanwhile") from error
         except KeyboardInterrupt:
             # Ended, and not only told to end: an iterator that is still running cannot be closed.
             self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())

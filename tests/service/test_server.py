@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from queue import Queue
 
 import grpc
 import pytest
@@ -10,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from k2dist._proto.v1 import control_pb2
-from k2dist.errors import RequestError
+from k2dist.errors import RequestError, UnavailableError
 from k2dist.messages import ChatMessage, ToolCall
 from k2dist.service.answer_events import Finished
 from k2dist.service.client import Client
@@ -109,6 +111,35 @@ async def test_the_synchronous_client_does_the_same(serve: Serve, tokenizer: Tok
 
     async with serve(FakeLane(tokenizer)) as client:
         await asyncio.to_thread(use, client.address)
+
+
+async def test_what_a_closed_client_still_reads_ends_with_it(serve: Serve, tokenizer: Tokenizer) -> None:
+    lane = FakeLane(tokenizer, script=lambda _: [97] * 1000, step_s=0.005)
+
+    def use(address: str) -> None:
+        client = Client(address)
+        has_begun, ended = threading.Event(), Queue[Exception]()
+
+        def read() -> None:
+            try:
+                for _ in client.generate(ClientRequest(prompt="x")):
+                    has_begun.set()
+            except UnavailableError as error:
+                ended.put(error)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        assert has_begun.wait(10)
+        client.close()
+        assert "closed" in str(ended.get(timeout=10))
+        reading.join(10)
+        with pytest.raises(UnavailableError, match="closed"):
+            client.models()
+
+    async with serve(lane) as client:
+        await asyncio.to_thread(use, client.address)
+        while not lane.cancelled:
+            await asyncio.sleep(0.001)
 
 
 async def test_leaving_a_synchronous_iterator_ends_its_request(serve: Serve, tokenizer: Tokenizer) -> None:
