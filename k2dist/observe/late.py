@@ -34,13 +34,17 @@ def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
     """The collective in which somebody has waited longest, if for `bound_s` or more; else a rank silent
     for so long, and who has waited for half of it: what waiters say is older than the silence.
     """
-    waits = [(group.waiting_s, rank, group) for rank in ranks for group in _groups(rank) if group.under_way]
+    gone = _gone(ranks)
+    answering = [rank for rank in ranks if rank.world_rank not in gone]
+    waits = [
+        (group.waiting_s, rank, group) for rank in answering for group in _groups(rank) if group.under_way
+    ]
     longest = max(waits, key=lambda wait: wait[0], default=None)
     silent = [rank for rank in ranks if rank.silent_s >= bound_s]
     if longest is not None and longest[0] >= (bound_s / 2 if silent else bound_s):
         waited_s, first, group = longest
         members = [rank for rank in ranks if _is_member(rank, group.group, first.lane)]
-        late = tuple(rank.world_rank for rank in members if _is_late(rank, group))
+        late = tuple(rank.world_rank for rank in members if rank.world_rank in gone or _is_late(rank, group))
         waiting = tuple(rank.world_rank for rank in members if rank.world_rank not in late)
         return Hang(late, waiting, f"{group.under_way} ({group.group})", waited_s)
     if silent:
@@ -48,9 +52,16 @@ def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
     return None
 
 
+def _gone(ranks: Sequence[RankView]) -> frozenset[int]:
+    """Those that do not answer. One that is silent for less than half as long as another is slow to answer, as
+    any process of a busy machine may be: what it said last still counts, and a hang is older than that."""
+    longest_s = max((rank.silent_s for rank in ranks), default=0.0)
+    return frozenset(rank.world_rank for rank in ranks if 0 < rank.silent_s >= longest_s / 2)
+
+
 def _groups(rank: RankView) -> tuple[GroupStats, ...]:
-    """What it says of its groups now; what a silent one said is old."""
-    return () if rank.stats is None or rank.silent_s > 0 else rank.stats.groups
+    """What it said of its groups last."""
+    return () if rank.stats is None else rank.stats.groups
 
 
 def _is_member(rank: RankView, group: str, lane: int | None) -> bool:

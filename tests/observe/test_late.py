@@ -64,6 +64,19 @@ def test_a_silent_rank_is_late_whatever_it_said_last() -> None:
     assert (hang.late, hang.waiting) == ((1,), (0,))
 
 
+def test_who_is_only_slow_to_answer_is_not_late() -> None:
+    """A stopped rank, and two of a busy machine that have not answered this once."""
+    ranks = [
+        rank(0, group("world", 8, 5.5), silent_s=1.0),
+        rank(1, group("world", 8, 5.5), silent_s=0.8),
+        rank(2, group("world", 8, 6.0)),
+        rank(3, group("world", 7), silent_s=5.0),
+    ]
+    hang = find_hang(ranks, 5.0)
+    assert hang is not None
+    assert (hang.late, hang.waiting) == ((3,), (0, 1, 2))
+
+
 def test_a_rank_that_nobody_waits_for_is_missed_all_the_same() -> None:
     ranks = [rank(0, group("world", 8)), rank(1, silent_s=30.0)]
     hang = find_hang(ranks, 5.0)
