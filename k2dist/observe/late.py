@@ -53,8 +53,8 @@ def find_hang(ranks: Sequence[RankView], bound_s: float) -> Hang | None:
 
 
 def _gone(ranks: Sequence[RankView]) -> frozenset[int]:
-    """Those that do not answer. One that is silent for less than half as long as another is slow to answer, as
-    any process of a busy machine may be: what it said last still counts, and a hang is older than that."""
+    """Those that do not answer. One that is silent for less than half as long as another is slow to answer,
+    as any process of a busy machine may be: what it said last still counts, and a hang is older."""
     longest_s = max((rank.silent_s for rank in ranks), default=0.0)
     return frozenset(rank.world_rank for rank in ranks if 0 < rank.silent_s >= longest_s / 2)
 
