@@ -68,13 +68,13 @@ class Spans:
             return
         from opentelemetry.trace import SpanKind, set_span_in_context
 
-        began_s = journey.wall_s
         assert journey.ended_s is not None, "it goes on"
+        began_ns = int(journey.wall_s * _NS)  # integers: a float of this size is only good to 256 ns
         span = self._tracer.start_span(
             "request",
             context=_context(journey.parent),
             kind=SpanKind.SERVER,
-            start_time=int(began_s * _NS),
+            start_time=began_ns,
             attributes=_attributes(journey),
         )
         failure = journey.error or next((way.error for way in journey.outputs if way.error), "")
@@ -83,10 +83,10 @@ class Spans:
         below = set_span_in_context(span)
         for phase in journey.phases():
             part = self._tracer.start_span(
-                phase.name, context=below, start_time=int((began_s + phase.began_s) * _NS)
+                phase.name, context=below, start_time=began_ns + int(phase.began_s * _NS)
             )
-            part.end(int((began_s + phase.ended_s) * _NS))
-        span.end(int((began_s + journey.ended_s - journey.arrived_s) * _NS))
+            part.end(began_ns + int(phase.ended_s * _NS))
+        span.end(began_ns + int((journey.ended_s - journey.arrived_s) * _NS))
 
     def close(self) -> None:
         """Send what is not sent yet, within a bound."""
