@@ -15,7 +15,7 @@ from k2dist.cluster.rank_actor import THREADS, RankActor, RankProcess
 from k2dist.cluster.world import Rendezvous, World
 from k2dist.ids import LaneId, WorldRank
 from k2dist.messages import RankProgress, RankStats
-from k2dist.supervision import (
+from k2dist.supervision.events import (
     Died,
     Failed,
     Joined,

@@ -35,13 +35,12 @@ from k2dist.ids import Generation, WorldRank
 from k2dist.messages import RankProgress, RankStats
 from k2dist.observe import Recoveries, WorldState
 from k2dist.observe.event_log import EventLog, set_up_logs
-from k2dist.supervision import (
+from k2dist.supervision.events import (
     Action,
     Beat,
     Begin,
     CloseService,
     CreatePlacement,
-    Deadlines,
     Drained,
     DrainService,
     Event,
@@ -50,10 +49,8 @@ from k2dist.supervision import (
     KillRank,
     LoadRank,
     OpenService,
-    Phase,
     Placed,
     PlacementFailed,
-    RankState,
     Removed,
     RemovePlacement,
     Report,
@@ -62,9 +59,8 @@ from k2dist.supervision import (
     StopRank,
     StopRequested,
     Tick,
-    advance,
-    first_table,
 )
+from k2dist.supervision.table import Phase, RankState, advance, first_table
 
 NAME = "supervisor"
 _PROGRESS_S = 0.25  # how often a loading rank is asked how far it is
@@ -81,7 +77,7 @@ class Supervisor:
         set_up_logs(world.config.observe.log_level, world.config.observe.log_format, process="supervisor")
         self._world = world
         self._table = first_table(
-            world.layout.world_size, _deadlines(world), has_lease=has_lease, now_s=time.monotonic()
+            world.layout.world_size, world.config.deadlines, has_lease=has_lease, now_s=time.monotonic()
         )
         self._ranks = RankProcesses(world)
         self._watch = WorldWatch(world, self._ranks)
@@ -341,15 +337,3 @@ def _host_store(generation: Generation, address: str) -> tuple[Any, Rendezvous]:
 
     store = host_store(address)
     return store, Rendezvous(generation=generation, host=address, port=store.port)
-
-
-def _deadlines(world: World) -> Deadlines:
-    given = world.config.deadlines
-    return Deadlines(
-        start_s=given.start_s,
-        load_s=given.load_s,
-        join_s=given.join_s,
-        drain_s=given.drain_s,
-        stop_s=given.stop_s,
-        lease_s=given.lease_s,
-    )

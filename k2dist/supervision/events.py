@@ -164,14 +164,11 @@ class DrainService:
     """Let no more requests in, and the accepted ones finish until `until_s`. Answer: Drained."""
 
     until_s: float
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class CloseService:
-    """End the service; requests still open fail with `reason`."""
-
-    reason: str
+    """End the service; requests still open fail."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from k2dist.config.cluster import DeadlinesConfig
 from k2dist.ids import Generation, WorldRank
 from k2dist.supervision.events import (
     Action,
@@ -92,18 +93,6 @@ class RankState(enum.StrEnum):
     DEAD = "dead"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
-    """How long each thing may take before it counts as failed."""
-
-    start_s: float = 60.0  # the placement group, and then each process
-    load_s: float = 3600.0  # one rank's shard
-    join_s: float = 60.0  # the rendezvous of a generation
-    drain_s: float = 30.0  # accepted requests, once the world is to end
-    stop_s: float = 10.0  # ranks leaving their loops; the placement group's removal
-    lease_s: float = 30.0  # without a beat of the driver
-
-
 @dataclass(frozen=True, slots=True)
 class RankRow:
     """One rank's place in the table. `since_s`: when it came into this state."""
@@ -122,7 +111,7 @@ class RankRow:
 class Table:
     """See the module. `reason`: why the world ends, once it does; `is_failure`: not by request."""
 
-    deadlines: Deadlines
+    deadlines: DeadlinesConfig
     ranks: tuple[RankRow, ...]  # by world rank
     phase: Phase = Phase.NEW
     since_s: float = 0.0  # when the phase began
@@ -154,7 +143,7 @@ class Table:
 Outcome = tuple[Table, tuple[Action, ...]]
 
 
-def first_table(num_ranks: int, deadlines: Deadlines, *, has_lease: bool, now_s: float) -> Table:
+def first_table(num_ranks: int, deadlines: DeadlinesConfig, *, has_lease: bool, now_s: float) -> Table:
     """A world of which nothing exists. `has_lease`: it ends when its driver's beats do."""
     return Table(
         deadlines=deadlines,
@@ -267,7 +256,7 @@ def _end(table: Table, reason: str, now_s: float) -> Outcome:
     if table.phase is Phase.RUNNING:
         table = replace(_enter(table, Phase.DRAINING, now_s), reason=reason)
         until_s = now_s + table.deadlines.drain_s
-        return table, (Report("world.draining", reason), DrainService(until_s, reason))
+        return table, (Report("world.draining", reason), DrainService(until_s))
     if table.phase < Phase.RUNNING:
         return _clear(replace(table, reason=reason), now_s)
     return table, ()
@@ -275,7 +264,7 @@ def _end(table: Table, reason: str, now_s: float) -> Outcome:
 
 def _stop(table: Table, now_s: float) -> Outcome:
     stops = tuple(StopRank(row.world_rank, row.incarnation) for row in table.ranks)
-    return _enter(table, Phase.STOPPING, now_s), (CloseService(table.reason), *stops)
+    return _enter(table, Phase.STOPPING, now_s), (CloseService(), *stops)
 
 
 def _lose(table: Table, error: str, now_s: float) -> Outcome:
@@ -295,7 +284,7 @@ def _give_up(table: Table, error: str, now_s: float) -> Outcome:
 
 def _clear(table: Table, now_s: float) -> Outcome:
     table, actions = _remove(table, now_s)
-    return table, (CloseService(table.reason), *actions)
+    return table, (CloseService(), *actions)
 
 
 def _remove(table: Table, now_s: float) -> Outcome:

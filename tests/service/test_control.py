@@ -17,7 +17,7 @@ from k2dist.observe import WorldState
 from k2dist.service import control_servicer
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
-from k2dist.supervision import RankState
+from k2dist.supervision.table import RankState
 from k2dist.text.tokenizer import Tokenizer
 from tests.service.conftest import Serve
 from tests.service.fake_lane import FakeLane

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2dist.config.cluster import DeadlinesConfig
 from k2dist.ids import Generation, WorldRank
-from k2dist.supervision import (
+from k2dist.supervision.events import (
     Action,
     Beat,
     Begin,
     CloseService,
     CreatePlacement,
-    Deadlines,
     Died,
     Drained,
     DrainService,
@@ -23,7 +23,6 @@ from k2dist.supervision import (
     Loaded,
     LoadRank,
     OpenService,
-    Phase,
     Placed,
     PlacementFailed,
     Removed,
@@ -36,11 +35,10 @@ from k2dist.supervision import (
     StopRank,
     StopRequested,
     Tick,
-    advance,
-    first_table,
 )
+from k2dist.supervision.table import Phase, advance, first_table
 
-DEADLINES = Deadlines(start_s=60, load_s=100, join_s=30, drain_s=20, stop_s=10, lease_s=5)
+DEADLINES = DeadlinesConfig(start_s=60, load_s=100, join_s=30, drain_s=20, stop_s=10, lease_s=5)
 FIRST = Generation(1)
 
 
@@ -98,9 +96,9 @@ def test_a_world_comes_up_and_goes_down_in_order() -> None:
     ]
     assert world.tell(Joined(rank(0), 1, FIRST)) == []
     assert world.tell(Joined(rank(1), 1, FIRST)) == [RunRank(rank(0), 1), RunRank(rank(1), 1), OpenService()]
-    assert world.tell(StopRequested("asked")) == [DrainService(20.0, "asked")]
+    assert world.tell(StopRequested("asked")) == [DrainService(20.0)]
     assert world.tell(StopRequested("again")) == []
-    assert world.tell(Drained()) == [CloseService("asked"), StopRank(rank(0), 1), StopRank(rank(1), 1)]
+    assert world.tell(Drained()) == [CloseService(), StopRank(rank(0), 1), StopRank(rank(1), 1)]
     assert world.tell(Stopped(rank(0), 1)) == []
     assert world.tell(Stopped(rank(1), 1)) == [KillRank(rank(0), 1), KillRank(rank(1), 1), RemovePlacement()]
     assert world.tell(Removed()) == []
@@ -137,7 +135,7 @@ def test_the_first_failure_is_the_reason() -> None:
 def test_a_placement_that_cannot_be_ends_before_anything_started() -> None:
     world = World(2).reach(Phase.PLACING)
     assert world.tell(PlacementFailed("4 CPUs wanted, 2 there")) == [
-        CloseService("4 CPUs wanted, 2 there"),
+        CloseService(),
         RemovePlacement(),
     ]
     assert world.table.is_failure
@@ -194,7 +192,7 @@ def test_a_deadline_names_only_those_that_are_late() -> None:
 def test_what_does_not_drain_stop_or_go_in_time_is_cut() -> None:
     world = World(2).reach(Phase.DRAINING)
     assert world.tell(Tick(), after_s=20.0) == [
-        CloseService("asked"),
+        CloseService(),
         StopRank(rank(0), 1),
         StopRank(rank(1), 1),
     ]
@@ -210,7 +208,8 @@ def test_a_driver_that_beats_keeps_its_world_and_one_that_does_not_loses_it() ->
         assert world.tell(Beat(), after_s=4.9) == []
     assert world.table.next_deadline() == ("lease_s", world.now_s + 5)
     (drain,) = world.tell(Beat(), after_s=5.0)
-    assert drain == DrainService(world.now_s + 20, "the driver's lease is over: no beat within lease_s=5")
+    assert drain == DrainService(world.now_s + 20)
+    assert world.table.reason == "the driver's lease is over: no beat within lease_s=5"
     world.tell(Beat(), after_s=1.0)
     assert world.table.phase is Phase.DRAINING, "a beat does not revive"
 
