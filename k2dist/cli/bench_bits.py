@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.bar import bar
+from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.demo import MODEL_DIR
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ def bits(
     ] = None,
     prompt_rows: Annotated[int, typer.Option(help="Rows of each lane's prompt chunk.")] = 256,
     turns: Annotated[int, typer.Option(help="How often each order takes each step.")] = 15,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """A step that keeps a row's bits beside one in the fastest order: times and bytes, in one run."""
     from k2dist.bench.bits import measure  # with torch: not for others
 
-    with bench_bar("turns", is_quiet=as_json) as show:
+    with bar("turns", is_quiet=as_json) as show:
         report = measure(
             model,
             lanes=lanes,
@@ -44,10 +44,7 @@ def bits(
             num_turns=turns,
             show=show,
         )
-    if as_json:
-        print_json("bits", report)
-    else:
-        _print(report, Console())
+    print_report("bits", report, _print, as_json=as_json)
 
 
 def _print(report: BitsReport, console: Console) -> None:

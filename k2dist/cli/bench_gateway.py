@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.bar import bar
+from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.errors import UsageError
 
 if TYPE_CHECKING:  # with grpc and aiohttp
     from k2dist.bench.gateway import GatewayReport
-
-_DEFAULT_SECONDS = 4.0
 
 
 def gateway(
@@ -27,15 +25,15 @@ def gateway(
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="At each pace. With --pace 600 or so: does memory grow?")
-    ] = _DEFAULT_SECONDS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ] = 4.0,
+    as_json: JsonOption = False,
 ) -> None:
     """What the service carries, one token an event, with a stub in the lane's place; and its memory."""
     from k2dist.bench.gateway import measure  # with grpc and aiohttp: not for others
 
     if over not in ("grpc", "sse"):
         raise UsageError(f"--over={over}: use grpc or sse")
-    with bench_bar("readings" if pace else "paces", is_quiet=as_json) as show:
+    with bar("readings" if pace else "paces", is_quiet=as_json) as show:
         report = measure(
             "grpc" if over == "grpc" else "sse",
             num_streams=streams,
@@ -44,10 +42,7 @@ def gateway(
             seconds=seconds,
             show=show,
         )
-    if as_json:
-        print_json("gateway", report)
-    else:
-        _print(report, Console())
+    print_report("gateway", report, _print, as_json=as_json)
 
 
 def _print(report: GatewayReport, console: Console) -> None:

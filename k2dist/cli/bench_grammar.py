@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +17,8 @@ from k2dist.bench.grammar import (
     default_vocabulary,
     measure,
 )
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.bar import counting_bar
+from k2dist.cli.shown import JsonOption, figures, print_report
 
 
 def grammar(
@@ -29,22 +28,18 @@ def grammar(
     outputs: Annotated[int, typer.Option(help="That are constrained, in one step.")] = NUM_OUTPUTS,
     steps: Annotated[int, typer.Option(help="How many are timed.")] = NUM_STEPS,
     threads: Annotated[int, typer.Option(help="That make masks.")] = NUM_THREADS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What grammar masks cost a rank's host at K2's vocabulary size, and compiling a grammar."""
-    with bench_bar("steps", is_quiet=as_json) as show:
-        done = count(1)
+    with counting_bar("steps", steps, is_quiet=as_json) as note:
         cost = measure(
             default_vocabulary(model),
             num_outputs=outputs,
             num_steps=steps,
             num_threads=threads,
-            note=lambda: show(next(done), steps),
+            note=note,
         )
-    if as_json:
-        print_json("grammar", cost)
-    else:
-        _print(cost, Console())
+    print_report("grammar", cost, _print, as_json=as_json)
 
 
 def _print(cost: GrammarCost, console: Console) -> None:

@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
-from k2dist.cli.environment import ray_address
+from k2dist.cli.bar import counting_bar
+from k2dist.cli.here import ConfigArgument, ModelOption, refuse_joined_ray, world_here
+from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.demo import LAPTOP_CONFIG
-from k2dist.errors import UsageError
 
 if TYPE_CHECKING:  # with ray and grpc
     from k2dist.bench.latency import Latency
 
 
 def latency(
-    config: Annotated[
-        Path, typer.Argument(help="Cluster YAML; default: the laptop's, as in cluster_configs/.")
-    ] = LAPTOP_CONFIG,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; default: the config's, else the demo's.")
-    ] = None,
+    config: ConfigArgument = LAPTOP_CONFIG,
+    model: ModelOption = None,
     samples: Annotated[int, typer.Option(help="Of each wait.")] = 50,
     window: Annotated[float, typer.Option(help="Seconds of each window of CPU time or of steps.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What a cluster on this machine costs while idle, and how soon it answers, idle and busy."""
-    # With ray and grpc: not for others.
-    from k2dist.bench.latency import measure, num_notes
-    from k2dist.cli.prepare import prepare_world
-    from k2dist.config.load import load_cluster
+    from k2dist.bench.latency import measure, num_notes  # with ray and grpc: not for others
 
-    if ray_address() is not None:
-        raise UsageError("RAY_ADDRESS is set, and this measures a Ray of its own; unset it")
-    world = prepare_world(load_cluster(config), model, "127.0.0.1:0", is_here=True)
-    with bench_bar("measurements", is_quiet=as_json) as show:
-        done = count(1)
-        found = measure(
-            world, num_samples=samples, window_s=window, note=lambda: show(next(done), num_notes(samples))
-        )
-    if as_json:
-        print_json("latency", found)
-    else:
-        _print(found, Console())
+    refuse_joined_ray()
+    world = world_here(config, model)
+    with counting_bar("measurements", num_notes(samples), is_quiet=as_json) as note:
+        found = measure(world, num_samples=samples, window_s=window, note=note)
+    print_report("latency", found, _print, as_json=as_json)
 
 
 def _print(found: Latency, console: Console) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.environment import ray_address
+from k2dist.cli.bar import counting_bar
+from k2dist.cli.here import ConfigArgument, ModelOption, refuse_joined_ray, world_here
+from k2dist.cli.shown import JsonOption, print_json
 from k2dist.demo import LAPTOP_CONFIG
-from k2dist.errors import UsageError
 from k2dist.observe.readiness import Readiness, StageClock
 
 if TYPE_CHECKING:
@@ -22,36 +20,29 @@ if TYPE_CHECKING:
 
 
 def load(
-    config: Annotated[
-        Path, typer.Argument(help="Cluster YAML; default: the laptop's, as in cluster_configs/.")
-    ] = LAPTOP_CONFIG,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; default: the config's, else the demo's.")
-    ] = None,
+    config: ConfigArgument = LAPTOP_CONFIG,
+    model: ModelOption = None,
     rounds: Annotated[int, typer.Option(help="Cold reads, of the disk and of the ranks each.")] = 3,
     start: Annotated[bool, typer.Option(help="Bring a cluster up too, from a cold cache.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How near all ranks' reads come to the disk, with the page cache emptied of the model before each."""
     # With ray and torch: not for others.
     from k2dist.bench.load import measure
-    from k2dist.cli.prepare import prepare_world
     from k2dist.config import read_architecture
-    from k2dist.config.load import load_cluster
     from k2dist.parallel import shard_plans
 
-    if start and ray_address() is not None:
-        raise UsageError("RAY_ADDRESS is set, and this starts a Ray of its own; unset it, or add --no-start")
-    world = prepare_world(load_cluster(config), model, "127.0.0.1:0", "127.0.0.1:0", is_here=True)
+    if start:
+        refuse_joined_ray("unset it, or add --no-start")
+    world = world_here(config, model)
     model_dir = Path(world.model_dir)
     plans = list(shard_plans(read_architecture(model_dir), world.layout))
-    with bench_bar("cold reads", is_quiet=as_json) as show:
-        done = count(1)
-        rates = measure(model_dir, plans, num_rounds=rounds, note=lambda: show(next(done), 2 * rounds))
+    with counting_bar("cold reads", 2 * rounds, is_quiet=as_json) as note:
+        rates = measure(model_dir, plans, num_rounds=rounds, note=note)
     ready = _start(world) if start else None
     if as_json:
-        shown = {"load": rates, "disk_bytes_per_s": rates.disk_bytes_per_s, "share": rates.share}
-        typer.echo(msgspec.json.encode(shown | {"ready": ready}).decode())
+        found = {"load": rates, "disk_bytes_per_s": rates.disk_bytes_per_s, "share": rates.share}
+        print_json(found | {"ready": ready})
     else:
         typer.echo(_as_text(rates))
         if ready is not None:

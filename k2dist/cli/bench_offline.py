@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.bar import bar
+from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.demo import MODEL_DIR
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ def offline(
     batch: Annotated[
         list[int] | None, typer.Option(help="Sequences at once; may be repeated. Default: 1, 8, 32.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokens per second, a step's time and what bounds it, and memory: of a model in this process."""
     from k2dist.bench.offline import measure  # with torch: not for others
 
-    with bench_bar("tokens", is_quiet=as_json) as show:
+    with bar("tokens", is_quiet=as_json) as show:
         report = measure(
             model,
             lanes=lanes,
@@ -44,10 +44,7 @@ def offline(
             batches=(1, 8, 32) if batch is None else batch,
             show=show,
         )
-    if as_json:
-        print_json("offline", report)
-    else:
-        _print(report, Console())
+    print_report("offline", report, _print, as_json=as_json)
 
 
 def _print(report: OfflineReport, console: Console) -> None:

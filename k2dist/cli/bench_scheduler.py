@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from k2dist.bench.scheduler import CASES, NUM_STEPS, SchedulerCost, measure
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.shown import JsonOption, figures, print_report
 
 
 def scheduler(
@@ -18,15 +18,12 @@ def scheduler(
     ] = None,
     waiting: Annotated[int, typer.Option(help="Sequences that wait meanwhile; with --decoding.")] = 0,
     steps: Annotated[int, typer.Option(help="How many are timed.")] = NUM_STEPS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What a lane's first rank spends on planning and committing one step."""
     cases = CASES if decoding is None else [(num_decoding, waiting) for num_decoding in decoding]
     costs = list(measure(cases, steps))
-    if as_json:
-        print_json("scheduler", costs)
-    else:
-        _print(costs, Console())
+    print_report("scheduler", costs, _print, as_json=as_json)
 
 
 def _print(costs: Sequence[SchedulerCost], console: Console) -> None:

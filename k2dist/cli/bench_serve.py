@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +10,9 @@ import typer
 from rich.console import Console
 
 from k2dist.cli.access import CaOption, CertOption, KeyFileOption, KeyOption, read_access
-from k2dist.cli.bench_bar import bench_bar
-from k2dist.cli.bench_print import figures, print_json
+from k2dist.cli.bar import counting_bar
 from k2dist.cli.environment import openai_api_key
+from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.errors import UsageError
 
 if TYPE_CHECKING:  # with grpc and aiohttp
@@ -47,7 +46,7 @@ def serve(
     model: Annotated[str, typer.Option(help="Default: the first that the server lists.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Of prompts and times.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
     ca: CaOption = None,
     cert: CertOption = None,
     key: KeyOption = None,
@@ -72,13 +71,9 @@ def serve(
     api_key = access.api_key or openai_api_key() or ""
     target = make_target(url, model=model, timeout_s=timeout, tls=access.tls, api_key=api_key)
     load = Load(num_requests=requests, concurrency=concurrency, rate_per_s=rate, seed=seed)
-    with bench_bar("answers", is_quiet=as_json) as show:
-        done = count(1)
-        report = asyncio.run(measure(target, asks, load, lambda: show(next(done), requests)))
-    if as_json:
-        print_json("serve", report)
-    else:
-        _print(report, Console())
+    with counting_bar("answers", requests, is_quiet=as_json) as note:
+        report = asyncio.run(measure(target, asks, load, note))
+    print_report("serve", report, _print, as_json=as_json)
     if report.num_failed:
         raise typer.Exit(1)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
@@ -20,8 +19,9 @@ from k2dist.cli.chat import Conversation, run_demo_tool
 from k2dist.cli.demo_report import DemoReport, TalkReport, print_report, rank_reports
 from k2dist.cli.demo_view import Chunk, Talk, watch_talks
 from k2dist.cli.launch import launched
-from k2dist.cli.prepare import prepare_world
+from k2dist.cli.prepare import check_here, prepare_world
 from k2dist.cli.progress import start_progress
+from k2dist.cli.shown import print_json
 from k2dist.config.load import load_cluster
 from k2dist.demo import LAPTOP_CONFIG, MODEL_DIR, tools
 from k2dist.demo.corpus import TOOL_NAMES
@@ -49,7 +49,8 @@ def demo(
 ) -> None:
     """Start a cluster on this machine, talk to its model, and show what ran where."""
     started_s = time.monotonic()
-    world = prepare_world(load_cluster(config), model, grpc, http, is_here=True)
+    world = prepare_world(load_cluster(config), model, grpc, http)
+    check_here(world.config.service)
     talks = QUESTIONS if prompt is None else (Talk("prompt", prompt, TOOL_NAMES),)
     progress = start_progress(is_quiet=as_json)
     try:
@@ -70,7 +71,7 @@ def demo(
             )
             cluster.is_left_running = keep
             if as_json:
-                typer.echo(msgspec.json.encode(report).decode())
+                print_json(report)
             else:
                 print_report(report, _wide_console())
     except KeyboardInterrupt:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from k2dist.cli.shown import figures
 from k2dist.cluster.status import ClusterStatus
 from k2dist.cluster.world import World
 from k2dist.messages import Message, RankStats, ToolCall
@@ -81,9 +80,8 @@ def _rank_report(place: RankPlace, status: ClusterStatus, stats: RankStats) -> R
 
 def print_report(report: DemoReport, console: Console) -> None:
     """For people."""
-    ranks = Table(box=box.SIMPLE)
-    for title in ("rank", "lane", "tp", "experts", "pid", "shard", "steps", "ms/step", "rows to other ranks"):
-        ranks.add_column(title, no_wrap=True)
+    titles = ("rank", "lane", "tp", "experts", "pid", "shard", "steps", "ms/step", "rows to other ranks")
+    ranks = figures(*titles, num_names=len(titles))
     for rank in report.ranks:
         ranks.add_row(
             str(rank.world_rank),
@@ -96,9 +94,7 @@ def print_report(report: DemoReport, console: Console) -> None:
             f"{rank.step_ms:.1f}",
             f"{rank.num_rows_sent:,} ({rank.num_bytes_sent / 1e6:.1f} MB)",
         )
-    talks = Table(box=box.SIMPLE)
-    for title in ("question", "lane", "prompt", "tokens", "first token", "tokens/s"):
-        talks.add_column(title, no_wrap=True)
+    talks = figures("question", "lane", "prompt", "tokens", "first token", "tokens/s")
     for talk in report.talks:
         talks.add_row(
             talk.question,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich import box
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from k2dist.cli.environment import ray_address
+from k2dist.cli.shown import print_json
 from k2dist.config.load import load_cluster
 from k2dist.demo import MODEL_DIR
 from k2dist.doctor import Finding, Level, diagnose, errors_of, warnings_of
@@ -54,7 +54,7 @@ def doctor(
     needs = None if world is None else needs_of_world(world, joins_ray=address is not None)
     findings = diagnose(facts, needs)
     if as_json:
-        typer.echo(msgspec.json.encode({"findings": findings, "facts": facts}).decode())
+        print_json({"findings": findings, "facts": facts})
     else:
         _print(findings, Console())
     if errors_of(findings):
@@ -100,9 +100,5 @@ def _print(findings: Sequence[Finding], console: Console) -> None:
         level = Text(finding.level, style=_STYLES[finding.level])
         table.add_row(level, finding.check, finding.node or "all", text)
     console.print(table)
-    counted = (errors_of(findings), "error"), (warnings_of(findings), "warning"), (findings, "finding")
-    console.print(", ".join(_count(len(some), noun) for some, noun in counted))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    kinds = (errors_of(findings), "error"), (warnings_of(findings), "warning"), (findings, "finding")
+    console.print(", ".join(counted(len(some), noun) for some, noun in kinds))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import typer
 from msgspec.structs import replace
 
-from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bar import bar
+from k2dist.cli.shown import print_json
 from k2dist.config import Architecture
 from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import UsageError
@@ -66,14 +66,14 @@ def run_simulation(
     is_closed = asked.trace is None and asked.rate is None
     most_open = plan.estimate.serving.concurrency if is_closed else None
     simulation = Simulation(config, StepModel(site), arrivals, max_open=most_open, loss=loss)
-    with bench_bar("requests simulated", is_quiet=as_json) as show:
+    with bar("requests simulated", is_quiet=as_json) as show:
         for one in simulate(simulation):
             show(one.num_finished + one.num_refused, len(arrivals))
     report = simulation.report()
     if asked.plot is not None:
         asked.plot.write_text(page(_title(plan), list(_rows(report)), report), encoding="utf-8")
     if as_json:
-        typer.echo(msgspec.json.encode(report).decode())
+        print_json(report)
         return
     typer.echo("\n".join([_title(plan), *(f"  {name:32} {value}" for name, value in _rows(report))]))
     if asked.plot is not None:

@@ -1,4 +1,4 @@
-"""All that can be found wrong before a process is started: config, model files, layout, port."""
+"""All that can be found wrong before a process is started: config, model files, layout, ports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from msgspec.structs import replace
 
 from k2dist.cluster.world import World, plan_world
 from k2dist.config import read_architecture
-from k2dist.config.cluster import ClusterConfig, exposures, faults_between, listen_addresses, split_address
+from k2dist.config.cluster import (
+    ClusterConfig,
+    ServiceConfig,
+    exposures,
+    faults_between,
+    listen_addresses,
+    split_address,
+)
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, ConfigError
 from k2dist.parallel import shard_plans
@@ -26,14 +33,12 @@ def prepare_world(
     http: str | None = None,
     *,
     is_insecure: bool = False,
-    is_here: bool,
 ) -> World:
     """The plan of a cluster, checked. What the command line says wins over the config; if neither names a
     model it is the demo's.
 
-    `is_insecure`: it may listen beyond this machine without keys. `is_here`: its coordinator will run on this
-    machine, so the ports must be free and the files of `service` readable here. Errors: ConfigError,
-    CheckpointError, LayoutError, CapacityError.
+    `is_insecure`: it may listen beyond this machine without keys. Errors: ConfigError, CheckpointError,
+    LayoutError, CapacityError.
     """
     said = {name: address for name, address in (("grpc", grpc), ("http", http)) if address is not None}
     config = replace(config, service=replace(config.service, **said))
@@ -50,14 +55,20 @@ def prepare_world(
     plan_cluster(
         config, world.model_dir, architecture, workload, layout=world.layout
     )  # refuses what cannot work
-    if is_here:
-        check_files(config.service.tls)
-        if config.service.api_keys is not None:
-            read_keys(config.service.api_keys)
-        for field, address in listen_addresses(config.service):
-            check_port(address, field)
     _check_model(world)
     return world
+
+
+def check_here(service: ServiceConfig) -> None:
+    """Its servers will run on this machine: their files must be readable here, and their ports free.
+
+    Errors: ConfigError, CapacityError.
+    """
+    check_files(service.tls)
+    if service.api_keys is not None:
+        read_keys(service.api_keys)
+    for field, address in listen_addresses(service):
+        check_port(address, field)
 
 
 def check_port(address: str, field: str = "grpc") -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from k2dist.cli.bench_bar import bench_bar
+from k2dist.cli.bar import counting_bar
+from k2dist.cli.shown import JsonOption, figures, print_json
 from k2dist.config import KIMI_K2, find_architecture
 from k2dist.config.load import load_cluster
 from k2dist.errors import UsageError
@@ -23,6 +20,8 @@ from k2dist.planner.memory import GB, gb
 _WIDTH = 100  # of the widest table; where there is no terminal rich takes 80
 
 if TYPE_CHECKING:  # with torch
+    from rich.table import Table
+
     from k2dist.rehearsal.report import PartTime, RehearsalReport
 
 
@@ -45,7 +44,7 @@ def rehearse(
     steps: Annotated[int, typer.Option(help="How many are timed.")] = 5,
     kernels: Annotated[str | None, typer.Option(help="Default: the config's.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: a GPU if there is one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Act out one rank of a cluster here, with made-up weights and peers, and time its parts.
 
@@ -77,11 +76,11 @@ def rehearse(
     )
     check_rehearsal(rehearsal, architecture, layout)
     fitted = fit(rehearsal, architecture, layout)
-    done, total = count(1), num_notes(rehearsal, fitted.num_layers)
-    with bench_bar("ceilings, layers, steps", is_quiet=as_json) as show:
-        report = run(rehearsal, architecture, layout, fitted, note=lambda: show(next(done), total))
+    total = num_notes(rehearsal, fitted.num_layers)
+    with counting_bar("ceilings, layers, steps", total, is_quiet=as_json) as note:
+        report = run(rehearsal, architecture, layout, fitted, note=note)
     if as_json:
-        typer.echo(msgspec.json.encode(report).decode())
+        print_json(report)
     else:
         _print(report, Console(width=max(Console().width, _WIDTH), soft_wrap=True))
 
@@ -127,10 +126,7 @@ def _heading(report: RehearsalReport) -> Iterator[str]:
 
 
 def _parts(report: RehearsalReport) -> Table:
-    table = Table(box=box.SIMPLE)
-    table.add_column("part", no_wrap=True)
-    for title in ("layers run", "ms a step", "share", "floor ms", "of the roofline"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures("part", "layers run", "ms a step", "share", "floor ms", "of the roofline")
     for part in report.parts:
         if part.layers and part.ms:
             table.add_row(*_part_cells(part, report.step_ms))
@@ -183,10 +179,7 @@ def _rates(report: RehearsalReport) -> Iterator[str]:
 
 
 def _memory(report: RehearsalReport) -> Table:
-    table = Table(box=box.SIMPLE)
-    table.add_column(f"memory, {report.num_layers} layers", no_wrap=True)
-    for title in ("planned", "held"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures(f"memory, {report.num_layers} layers", "planned", "held")
     for line in report.memory:
         table.add_row(line.name, _size(line.planned), "not known" if line.held is None else _size(line.held))
     return table

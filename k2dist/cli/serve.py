@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from k2dist.cli.launch import launched
-from k2dist.cli.prepare import prepare_world
+from k2dist.cli.prepare import check_here, prepare_world
 from k2dist.cli.progress import start_progress
 from k2dist.cluster.start import Cluster
 from k2dist.cluster.status import ClusterStatus
@@ -41,14 +41,9 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one JSON object.")] = False,
 ) -> None:
     """Bring a cluster up and keep it up: until Ctrl-C, or detached."""
-    world = prepare_world(
-        load_cluster(_the_one(config, config_option)),
-        model,
-        grpc,
-        http,
-        is_insecure=insecure,
-        is_here=True,
-    )
+    given = load_cluster(_the_one(config, config_option))
+    world = prepare_world(given, model, grpc, http, is_insecure=insecure)
+    check_here(world.config.service)
     progress = start_progress(is_quiet=as_json)
     clock = StageClock(time.monotonic())
     try:

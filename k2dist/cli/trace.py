@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated
 
-import msgspec
 import typer
 
 from k2dist.cli.access import CaOption, CertOption, KeyFileOption, KeyOption, read_access
 from k2dist.cli.chat import DEFAULT_ADDRESS
+from k2dist.cli.shown import JsonOption, counted, print_json
 from k2dist.observe import OutputTrace, Trace
 from k2dist.service.client import Client
 
@@ -18,7 +18,7 @@ from k2dist.service.client import Client
 def trace(
     request: Annotated[str, typer.Argument(help="The request's id, as its answer gives it.")],
     address: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")] = DEFAULT_ADDRESS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
     ca: CaOption = None,
     cert: CertOption = None,
     key: KeyOption = None,
@@ -29,7 +29,10 @@ def trace(
     access = read_access(ca, cert, key, api_key_file)
     with Client(address, tls=access.tls, api_key=access.api_key) as client:
         found = client.trace(request)
-    typer.echo(msgspec.json.encode(found).decode() if as_json else "\n".join(lines_of(found)))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(lines_of(found)))
 
 
 def lines_of(trace: Trace) -> Iterator[str]:
@@ -38,8 +41,8 @@ def lines_of(trace: Trace) -> Iterator[str]:
     tenant = f", tenant {trace.tenant!r}" if trace.tenant else ""
     priority = f", priority {trace.priority}" if trace.priority else ""
     yield (
-        f"{trace.request_id}: {_count(trace.num_prompt_tokens, 'prompt token')}, "
-        f"{_count(len(trace.outputs), 'output')}{tenant}{priority}"
+        f"{trace.request_id}: {counted(trace.num_prompt_tokens, 'prompt token')}, "
+        f"{counted(len(trace.outputs), 'output')}{tenant}{priority}"
     )
     happened = [(0.0, f"arrived at {arrived:%Y-%m-%d %H:%M:%S}.{arrived.microsecond // 1000:03d} UTC")]
     if trace.sent_s is not None:
@@ -63,22 +66,18 @@ def _output(output: OutputTrace, accepted_s: float | None) -> Iterator[tuple[flo
         found = f", {course.cached_tokens} prompt tokens found in the cache" if course.cached_tokens else ""
         yield accepted_s + course.queued_s, f"began to run{found}"
     if output.first_token_s is not None:
-        chunks = "" if course is None else f", after {_count(course.num_chunks, 'chunk')} of the prompt"
+        chunks = "" if course is None else f", after {counted(course.num_chunks, 'chunk')} of the prompt"
         yield output.first_token_s, f"first token{chunks}"
     if output.last_token_s is not None and output.ended_s is None:
-        yield output.last_token_s, f"newest token, {_count(output.num_tokens, 'token')} so far"
+        yield output.last_token_s, f"newest token, {counted(output.num_tokens, 'token')} so far"
     if output.ended_s is not None:
         preempted = (
-            f", preempted {_count(course.num_preemptions, 'time')}"
+            f", preempted {counted(course.num_preemptions, 'time')}"
             if course is not None and course.num_preemptions
             else ""
         )
         error = f": {output.error}" if output.error else ""
         yield (
             output.ended_s,
-            f"ended ({output.finish}) with {_count(output.num_tokens, 'token')}{preempted}{error}",
+            f"ended ({output.finish}) with {counted(output.num_tokens, 'token')}{preempted}{error}",
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

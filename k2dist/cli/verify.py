@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from k2dist.cli.bar import bar
 from k2dist.cli.comparison import Comparison, compare
+from k2dist.cli.shown import print_json
 from k2dist.config import read_architecture
 from k2dist.errors import CheckpointError
 from k2dist.messages import Message
@@ -57,7 +53,7 @@ def verify(
     is_new = not path.exists()
     checker = None if is_new else ManifestChecker(read_manifest(path), architecture, str(path))
     sums = published_sums(model)
-    with _bar(is_quiet=as_json) as show:
+    with bar("read", is_quiet=as_json, in_bytes=True) as show:
         found = survey(model, architecture, show)
         wrong_sums = sum_faults(model, sums, show)
     differences = () if checker is None else checker.differences(found.manifest)
@@ -80,7 +76,10 @@ def verify(
             f"{model}: logits are {off:.2g} of the largest away from transformers' ones "
             f"(at most {LOGIT_TOLERANCE:g})"
         )
-    typer.echo(msgspec.json.encode(report).decode() if as_json else _as_text(report))
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(_as_text(report))
 
 
 def _raise_faults(model: Path, faults: list[str]) -> None:
@@ -109,13 +108,3 @@ def _as_text(report: VerifyReport) -> str:
     ]
     lines += [f"{name}: not in the index, and never read; remove it?" for name in report.unused_files]
     return "\n".join(lines)
-
-
-@contextmanager
-def _bar(*, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """`show(bytes done, bytes in all)`: a bar on a terminal, nothing elsewhere."""
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    is_shown = sys.stderr.isatty() and not is_quiet
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as progress:
-        task = progress.add_task("reading")
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from k2dist.cli.prepare import check_port, prepare_world
+from k2dist.cli.prepare import check_here, check_port, prepare_world
 from k2dist.config.cluster import ClusterConfig, ParallelConfig, TlsConfig
 from k2dist.demo import MODEL_DIR
 from k2dist.errors import CapacityError, CheckpointError, ConfigError
@@ -17,23 +17,23 @@ CONFIG = ClusterConfig(name="a", parallel=ParallelConfig(lanes=1, tp=2))
 
 
 def test_the_command_line_wins_over_the_config(tiny_model_dir: Path) -> None:
-    world = prepare_world(CONFIG, tiny_model_dir, "127.0.0.1:0", "127.0.0.1:0", is_here=True)
+    world = prepare_world(CONFIG, tiny_model_dir, "127.0.0.1:0", "127.0.0.1:0")
     assert world.config.service.grpc == "127.0.0.1:0"
     assert world.model_dir == str(tiny_model_dir)
 
 
 def test_where_nobody_names_a_model_it_is_the_demos() -> None:
-    assert prepare_world(CONFIG, None, None, is_here=False).model_dir == str(MODEL_DIR)
+    assert prepare_world(CONFIG, None).model_dir == str(MODEL_DIR)
     elsewhere = replace(CONFIG, model="nosuch")
     with pytest.raises(CheckpointError, match="nosuch"):
-        prepare_world(elsewhere, None, None, is_here=False)
+        prepare_world(elsewhere, None)
 
 
 def test_an_address_that_is_none_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"service\.grpc='nowhere'"):
-        prepare_world(CONFIG, tiny_model_dir, "nowhere", is_here=False)
+        prepare_world(CONFIG, tiny_model_dir, "nowhere")
     with pytest.raises(ConfigError, match=r"service\.http='8000'.*such as 127\.0\.0\.1:8000"):
-        prepare_world(CONFIG, tiny_model_dir, http="8000", is_here=False)
+        prepare_world(CONFIG, tiny_model_dir, http="8000")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:8000", "[::]:8000", "10.1.2.3:8000", "example.org:8000"])
@@ -41,10 +41,10 @@ def test_without_keys_it_listens_to_this_machine_unless_told_otherwise(
     tiny_model_dir: Path, address: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"service\.http=.*without keys.*--insecure"):
-        prepare_world(CONFIG, tiny_model_dir, http=address, is_here=False)
+        prepare_world(CONFIG, tiny_model_dir, http=address)
     with pytest.raises(ConfigError, match=r"service\.grpc=.*without keys.*--insecure"):
-        prepare_world(CONFIG, tiny_model_dir, address, is_here=False)
-    world = prepare_world(CONFIG, tiny_model_dir, http=address, is_insecure=True, is_here=False)
+        prepare_world(CONFIG, tiny_model_dir, address)
+    world = prepare_world(CONFIG, tiny_model_dir, http=address, is_insecure=True)
     assert world.config.service.http == address
 
 
@@ -54,20 +54,20 @@ def test_with_keys_it_may_listen_to_all_and_its_files_are_looked_at_first(
     keys = tmp_path / "keys.yaml"
     guarded = replace(CONFIG, service=replace(CONFIG.service, api_keys=str(keys), http=None))
     address = "0.0.0.0:0"
-    assert prepare_world(guarded, tiny_model_dir, address, is_here=False).config.service.grpc == address
+    assert prepare_world(guarded, tiny_model_dir, address).config.service.grpc == address
     with pytest.raises(ConfigError, match=r"service\.api_keys='.*keys\.yaml': cannot be read"):
-        prepare_world(guarded, tiny_model_dir, address, is_here=True)
+        check_here(guarded.service)
     keys.write_text("[]")
-    prepare_world(guarded, tiny_model_dir, address, is_here=True)
+    check_here(replace(guarded.service, grpc="127.0.0.1:0"))
     tls = TlsConfig(cert=str(tmp_path / "cert.pem"), key="k", ca="c")
     secured = replace(guarded, service=replace(guarded.service, tls=tls))
     with pytest.raises(ConfigError, match=r"service\.tls\.cert='.*cert\.pem': cannot be read"):
-        prepare_world(secured, tiny_model_dir, address, is_here=True)
+        check_here(secured.service)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2:8000", "[::1]:8000", "localhost:8000"])
 def test_loopback_needs_no_keys(tiny_model_dir: Path, address: str) -> None:
-    world = prepare_world(CONFIG, tiny_model_dir, address, address, is_here=False)
+    world = prepare_world(CONFIG, tiny_model_dir, address, address)
     assert (world.config.service.grpc, world.config.service.http) == (address, address)
 
 
@@ -77,7 +77,7 @@ def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path:
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=shard.name):
-        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", "127.0.0.1:0", is_here=True)
+        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", "127.0.0.1:0")
 
 
 def test_only_a_listener_makes_a_port_taken() -> None:

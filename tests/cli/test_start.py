@@ -15,10 +15,10 @@ from k2dist.observe.work import Work, work_line, work_of
 def test_a_cluster_that_does_not_fit_is_refused_before_it_starts(tiny_model_dir: Path) -> None:
     text = "name: a\nparallel: {lanes: 2, tp: 1}\ncache: {page_tokens: 16, num_pages: 8}\n"
     known = "nodes: {num_nodes: 1, reserve_bytes: 0, device_bytes: %d}\n"
-    prepare_world(parse_cluster(text, "x"), tiny_model_dir, None, is_here=False)
-    prepare_world(parse_cluster(text + known % 10**9, "x"), tiny_model_dir, None, is_here=False)
+    prepare_world(parse_cluster(text, "x"), tiny_model_dir)
+    prepare_world(parse_cluster(text + known % 10**9, "x"), tiny_model_dir)
     with pytest.raises(LayoutError, match="rank 0 does not fit its device, before any page"):
-        prepare_world(parse_cluster(text + known % 10**6, "x"), tiny_model_dir, None, is_here=False)
+        prepare_world(parse_cluster(text + known % 10**6, "x"), tiny_model_dir)
 
 
 def test_ranks_that_do_not_spread_evenly_over_nodes_are_refused() -> None:
@@ -28,7 +28,7 @@ def test_ranks_that_do_not_spread_evenly_over_nodes_are_refused() -> None:
 
 def test_second_copies_can_be_asked_for(tiny_model_dir: Path) -> None:
     config = parse_cluster("name: a\nparallel: {lanes: 4, tp: 1, slots_per_rank: 6}", "x")
-    layout = prepare_world(config, tiny_model_dir, None, is_here=False).layout
+    layout = prepare_world(config, tiny_model_dir).layout
     assert {len(experts) for rank in layout.ranks for experts in rank.experts} == {6}
 
 
