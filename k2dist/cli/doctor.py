@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from k2dist.cli.environment import ray_address
-from k2dist.cli.shown import print_json
+from k2dist.cli.shown import counted, print_json
 from k2dist.config.load import load_cluster
 from k2dist.demo import MODEL_DIR
 from k2dist.doctor import Finding, Level, diagnose, errors_of, warnings_of

@@ -42,7 +42,6 @@ class Cluster:
         self.is_left_running = False
         self._actor = actor
         self._deadlines = deadlines
-        self._status: ClusterStatus | None = None
 
     def begin(self) -> None:
         """Let the supervisor build its world; `await_serving` follows it."""
