@@ -14,22 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from k2kernels import product
 from k2kernels.act_quant import QuantisedRows
-from k2kernels.arguments import FLOAT32, check_tensor, require
+from k2kernels.arguments import require
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit_varying
-from k2kernels.portable import narrow
-from k2kernels.product import WEIGHTS, Rows, Tiles, choose_tiles, piece_of_k, place_of, tile_product
+from k2kernels.product import Rows, Tiles, choose_tiles
 from k2kernels.rows import tiled_matmul
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,59 +107,6 @@ def _scales_by(row_block: int, part: StoredWeight) -> Tensor:
     return scale_nk[: -(-len(part.w_NK) // row_block)]
 
 
-@jit_varying("T")
-def _linear(
-    x_ptr,
-    x_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    y_ptr,
-    T,
-    N,
-    K,
-    x_stride,
-    x_scale_stride,
-    w_scale_stride,
-    BLOCK: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_K: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    IS_EVEN: tl.constexpr,
-):
-    tile_t, tile_n = place_of(tl.program_id(0), tl.cdiv(T, TILE_T), tl.cdiv(N, TILE_N), 8)
-    first_t, first_n = tile_t * TILE_T, tile_n * TILE_N
-    n_N = first_n + tl.arange(0, TILE_N)
-    t_T = first_t + tl.arange(0, TILE_T)
-    acc_NT = tile_product(
-        w_ptr,
-        x_ptr,
-        w_scale_ptr,
-        x_scale_ptr,
-        first_n,
-        tl.minimum(n_N, N - 1).to(tl.int64),
-        tl.minimum(t_T, T - 1).to(tl.int64),
-        K,
-        K,
-        x_stride,
-        w_scale_stride,
-        x_scale_stride,
-        BLOCK,
-        ROW_BLOCK,
-        TILE_N,
-        TILE_T,
-        TILE_K,
-        ARITHMETIC,
-        HAS_SCALES,
-        IS_EVEN,
-    )
-    y = narrow(tl.trans(acc_NT), y_ptr.dtype.element_ty)
-    is_in = (t_T < T)[:, None] & (n_N < N)[None, :]
-    tl.store(y_ptr + t_T.to(tl.int64)[:, None] * N + n_N[None, :], y, mask=is_in)
-
-
 def launch(
     x: Tensor | QuantisedRows, w: Linear, out_dtype: torch.dtype, tiles: Tiles | None = None
 ) -> Tensor:
@@ -174,39 +116,12 @@ def launch(
     num_outputs, num_inputs = w.w_NK.shape
     rows = Rows.of(x, w.w_NK.dtype, w.block, num_inputs)
     num_rows, device = len(rows.x_TK), rows.x_TK.device
-    check_tensor("w.w_NK", w.w_NK, (num_outputs, num_inputs), WEIGHTS, device, dense_axes=2)
-    if w.scale_nk is not None:
-        shape = (-(-num_outputs // w.row_block), -(-num_inputs // (w.block or 1)))
-        check_tensor("w.scale_nk", w.scale_nk, shape, FLOAT32, device, dense_axes=2)
+    weights = product.Weights(w.w_NK, w.scale_nk, w.block, w.row_block)
+    weights.check(device)
     y_TN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=device)
-    if num_rows == 0:
-        return y_TN
-    tiles = tiles or choose_tiles(rows.arithmetic, num_rows, num_outputs)
-    tile_k = piece_of_k(rows.arithmetic, w.block)
-    _linear[-(-num_outputs // tiles.N) * -(-num_rows // tiles.T),](
-        rows.x_TK,
-        rows.scale_Tk,
-        w.w_NK,
-        w.scale_nk,
-        y_TN,
-        num_rows,
-        num_outputs,
-        num_inputs,
-        rows.x_TK.stride(0),
-        0 if rows.scale_Tk is None else rows.scale_Tk.stride(0),
-        0 if w.scale_nk is None else w.scale_nk.stride(0),
-        BLOCK=w.block or 1,
-        ROW_BLOCK=w.row_block,
-        TILE_N=tiles.N,
-        TILE_T=tiles.T,
-        TILE_K=tile_k,
-        ARITHMETIC=rows.arithmetic,
-        HAS_SCALES=w.scale_nk is not None,
-        IS_EVEN=num_inputs % tile_k == 0,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **OPTIONS,
-    )
+    if num_rows:
+        tiles = tiles or choose_tiles(rows.arithmetic, num_rows, num_outputs)
+        product.launch(rows, weights, y_TN, tiles, -(-num_rows // tiles.T))
     return y_TN
 
 

@@ -14,22 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from k2kernels import product
 from k2kernels.act_quant import QuantisedRows
-from k2kernels.arguments import FLOAT32, INT64, check_tensor, require
+from k2kernels.arguments import INT64, check_tensor, require
 from k2kernels.cost import Cost
 from k2kernels.fp8_gemm import Linear, StoredWeight, prepare, prepare_stored
-from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
-from k2kernels.portable import narrow
-from k2kernels.product import WEIGHTS, Rows, Tiles, choose_tiles, piece_of_k, place_of, tile_product
+from k2kernels.product import Rows, Tiles, choose_tiles
 from k2kernels.rows import tiled_matmul
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,76 +88,6 @@ def prepare_stacked(slots: Sequence[Sequence[StoredWeight]], num_outputs: int) -
     return StackedLinear((), num_outputs, first.block, w_eNK, scale_enk, first.row_block)
 
 
-@jit_varying("most_tiles")
-def _grouped_linear(
-    x_ptr,
-    x_scale_ptr,
-    counts_ptr,
-    w_ptr,
-    w_scale_ptr,
-    y_ptr,
-    num_slots,
-    most_tiles,
-    N,
-    K,
-    x_stride,
-    x_scale_stride,
-    w_scale_stride,
-    w_slot_stride,
-    w_scale_slot_stride,
-    BLOCK: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    TILE_SLOTS: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_K: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    IS_EVEN: tl.constexpr,
-):
-    # Counts stay on the device: every program finds its slot itself, and those past the last tile have none.
-    tile, tile_n = place_of(tl.program_id(0), most_tiles, tl.cdiv(N, TILE_N), 8)
-    slot_e = tl.arange(0, TILE_SLOTS)
-    count_e = tl.load(counts_ptr + slot_e, mask=slot_e < num_slots, other=0).to(tl.int32)
-    tiles_e = (count_e + TILE_T - 1) // TILE_T
-    slot = tl.sum((tl.cumsum(tiles_e, axis=0) <= tile).to(tl.int32), axis=0)
-    if slot >= num_slots:
-        return
-    is_before_e = slot_e < slot
-    first_m = tl.sum(tl.where(is_before_e, count_e, 0), axis=0)
-    end_m = first_m + tl.sum(tl.where(slot_e == slot, count_e, 0), axis=0)
-    tile_of_slot = tile - tl.sum(tl.where(is_before_e, tiles_e, 0), axis=0)
-
-    first_n = tile_n * TILE_N
-    n_N = first_n + tl.arange(0, TILE_N)
-    m_M = first_m + tile_of_slot * TILE_T + tl.arange(0, TILE_T)
-    acc_NM = tile_product(
-        w_ptr + slot.to(tl.int64) * w_slot_stride,
-        x_ptr,
-        w_scale_ptr + slot.to(tl.int64) * w_scale_slot_stride if HAS_SCALES else w_scale_ptr,
-        x_scale_ptr,
-        first_n,
-        tl.minimum(n_N, N - 1).to(tl.int64),
-        tl.minimum(m_M, end_m - 1).to(tl.int64),
-        K,
-        K,
-        x_stride,
-        w_scale_stride,
-        x_scale_stride,
-        BLOCK,
-        ROW_BLOCK,
-        TILE_N,
-        TILE_T,
-        TILE_K,
-        ARITHMETIC,
-        HAS_SCALES,
-        IS_EVEN,
-    )
-    y = narrow(tl.trans(acc_NM), y_ptr.dtype.element_ty)
-    is_in = (m_M < end_m)[:, None] & (n_N < N)[None, :]
-    tl.store(y_ptr + m_M.to(tl.int64)[:, None] * N + n_N[None, :], y, mask=is_in)
-
-
 def launch(
     x: Tensor | QuantisedRows,
     counts_e: Tensor,
@@ -183,46 +108,14 @@ def launch(
     rows = Rows.of(x, w.w_eNK.dtype, w.block, num_inputs)
     num_rows, device = len(rows.x_TK), rows.x_TK.device
     check_tensor("counts_e", counts_e, (num_slots,), INT64, device)
-    check_tensor("w.w_eNK", w.w_eNK, (num_slots, num_outputs, num_inputs), WEIGHTS, device, dense_axes=3)
-    if w.scale_enk is not None:
-        shape = (num_slots, -(-num_outputs // w.row_block), -(-num_inputs // (w.block or 1)))
-        check_tensor("w.scale_enk", w.scale_enk, shape, FLOAT32, device, dense_axes=3)
+    weights = product.Weights(w.w_eNK, w.scale_enk, w.block, w.row_block)
+    weights.check(device)
     y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=device)
-    if num_rows == 0:
-        return y_MN
-    num_hit = min(num_slots, num_rows)
-    tiles = tiles or choose_tiles(rows.arithmetic, -(-num_rows // num_slots), num_outputs * num_hit)
-    tile_k = piece_of_k(rows.arithmetic, w.block)
-    most_tiles = min(num_rows, num_rows // tiles.T + num_hit)
-    _grouped_linear[-(-num_outputs // tiles.N) * most_tiles,](
-        rows.x_TK,
-        rows.scale_Tk,
-        counts_e,
-        w.w_eNK,
-        w.scale_enk,
-        y_MN,
-        num_slots,
-        most_tiles,
-        num_outputs,
-        num_inputs,
-        rows.x_TK.stride(0),
-        0 if rows.scale_Tk is None else rows.scale_Tk.stride(0),
-        0 if w.scale_enk is None else w.scale_enk.stride(1),
-        w.w_eNK.stride(0),
-        0 if w.scale_enk is None else w.scale_enk.stride(0),
-        BLOCK=w.block or 1,
-        ROW_BLOCK=w.row_block,
-        TILE_SLOTS=next_power_of_2(num_slots),
-        TILE_N=tiles.N,
-        TILE_T=tiles.T,
-        TILE_K=tile_k,
-        ARITHMETIC=rows.arithmetic,
-        HAS_SCALES=w.scale_enk is not None,
-        IS_EVEN=num_inputs % tile_k == 0,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **OPTIONS,
-    )
+    if num_rows:
+        num_hit = min(num_slots, num_rows)
+        tiles = tiles or choose_tiles(rows.arithmetic, -(-num_rows // num_slots), num_outputs * num_hit)
+        most_tiles = min(num_rows, num_rows // tiles.T + num_hit)
+        product.launch(rows, weights, y_MN, tiles, most_tiles, counts_e)
     return y_MN
 
 

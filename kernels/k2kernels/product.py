@@ -1,4 +1,4 @@
-"""A tile of y = x w^T as Triton kernels compute it: what `fp8_gemm`, `grouped_gemm` and `linear_bf16` share.
+"""y = x w^T as Triton computes it: the kernel of `fp8_gemm`, `grouped_gemm` and `linear_bf16`, and its tiles.
 
 Weights are the tensor core's first factor and rows of x its second: acc_NT = w_NK x_TK^T. The first factor
 must have 64 rows on Hopper, the second may have 8 columns, so few rows of x cost few products, and every
@@ -11,7 +11,7 @@ ascending order, and no other program has a part of the sum. By arithmetic:
     bfloat16   the tensor core adds to its own accumulator
     float32    weights are dequantised first; fused multiply-adds, no tensor core
 
-T rows of x, N outputs, K inputs.
+T rows of x, N outputs, K inputs; e slots, of which each has weights and, one after another, rows of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.arguments import E4M3, FLOAT32, FLOATS, check_tensor, require
-from k2kernels.jit import jit
-from k2kernels.portable import dot
+from k2kernels.jit import OPTIONS, jit, jit_varying, next_power_of_2
+from k2kernels.portable import dot, narrow
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -114,12 +114,150 @@ class Rows:
         return cls(x.q_TK, x.scale_Tk, SCALED)
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The other factor: [N, K], or [e, N, K] for rows by slot, as a checkpoint holds it; dense.
+
+    `scale`: one for `row_block` outputs by `block` inputs, likewise with or without slots; None without.
+    """
+
+    w: Tensor
+    scale: Tensor | None
+    block: int | None
+    row_block: int
+
+    def check(self, device: torch.device) -> None:
+        """ValueError: a kernel could not read them."""
+        *slots, num_outputs, num_inputs = self.w.shape
+        check_tensor("w.w", self.w, tuple(self.w.shape), WEIGHTS, device, dense_axes=self.w.dim())
+        if self.scale is not None:
+            shape = (*slots, -(-num_outputs // self.row_block), -(-num_inputs // (self.block or 1)))
+            check_tensor("w.scale", self.scale, shape, FLOAT32, device, dense_axes=len(shape))
+
+
+def launch(
+    rows: Rows, weights: Weights, y: Tensor, tiles: Tiles, num_tiles: int, counts_e: Tensor | None = None
+) -> None:
+    """Fill `y` [T, N]; T is not 0. `num_tiles`: of rows, at most. `counts_e`: how many rows each slot has."""
+    w, scale = weights.w, weights.scale
+    num_outputs, num_inputs = w.shape[-2:]
+    num_slots = 1 if counts_e is None else len(counts_e)
+    tile_k = piece_of_k(rows.arithmetic, weights.block)
+    _linear[-(-num_outputs // tiles.N) * num_tiles,](
+        rows.x_TK,
+        rows.scale_Tk,
+        counts_e,
+        w,
+        scale,
+        y,
+        len(rows.x_TK),
+        num_tiles,
+        num_slots,
+        num_outputs,
+        num_inputs,
+        rows.x_TK.stride(0),
+        0 if rows.scale_Tk is None else rows.scale_Tk.stride(0),
+        0 if scale is None else scale.stride(-2),
+        0 if scale is None else scale.stride(0),
+        BLOCK=weights.block or 1,
+        ROW_BLOCK=weights.row_block,
+        TILE_SLOTS=next_power_of_2(num_slots),
+        TILE_N=tiles.N,
+        TILE_T=tiles.T,
+        TILE_K=tile_k,
+        ARITHMETIC=rows.arithmetic,
+        HAS_SLOTS=counts_e is not None,
+        HAS_SCALES=scale is not None,
+        IS_EVEN=num_inputs % tile_k == 0,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **OPTIONS,
+    )
+
+
+@jit_varying("T", "num_tiles")
+def _linear(
+    x_ptr,
+    x_scale_ptr,
+    counts_ptr,
+    w_ptr,
+    w_scale_ptr,
+    y_ptr,
+    T,
+    num_tiles,
+    num_slots,
+    N,
+    K,
+    x_stride,
+    x_scale_stride,
+    w_scale_stride,
+    w_scale_slot_stride,
+    BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    TILE_SLOTS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_K: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+):
+    tile, tile_n = place_of(tl.program_id(0), num_tiles, tl.cdiv(N, TILE_N))
+    if HAS_SLOTS:
+        # Counts stay on the device: every program finds its slot itself; those past the last tile have none.
+        slot_e = tl.arange(0, TILE_SLOTS)
+        count_e = tl.load(counts_ptr + slot_e, mask=slot_e < num_slots, other=0).to(tl.int32)
+        tiles_e = (count_e + TILE_T - 1) // TILE_T
+        slot = tl.sum((tl.cumsum(tiles_e, axis=0) <= tile).to(tl.int32), axis=0)
+        if slot >= num_slots:
+            return
+        is_before_e = slot_e < slot
+        first_t = tl.sum(tl.where(is_before_e, count_e, 0), axis=0)
+        end_t = first_t + tl.sum(tl.where(slot_e == slot, count_e, 0), axis=0)
+        first_t += (tile - tl.sum(tl.where(is_before_e, tiles_e, 0), axis=0)) * TILE_T
+        w_ptr += slot.to(tl.int64) * N * K
+        if HAS_SCALES:
+            w_scale_ptr += slot.to(tl.int64) * w_scale_slot_stride
+    else:
+        first_t, end_t = tile * TILE_T, T
+
+    first_n = tile_n * TILE_N
+    n_N = first_n + tl.arange(0, TILE_N)
+    t_T = first_t + tl.arange(0, TILE_T)
+    acc_NT = tile_product(
+        w_ptr,
+        x_ptr,
+        w_scale_ptr,
+        x_scale_ptr,
+        first_n,
+        tl.minimum(n_N, N - 1).to(tl.int64),
+        tl.minimum(t_T, end_t - 1).to(tl.int64),
+        K,
+        x_stride,
+        w_scale_stride,
+        x_scale_stride,
+        BLOCK,
+        ROW_BLOCK,
+        TILE_N,
+        TILE_T,
+        TILE_K,
+        ARITHMETIC,
+        HAS_SCALES,
+        IS_EVEN,
+    )
+    y = narrow(tl.trans(acc_NT), y_ptr.dtype.element_ty)
+    is_in = (t_T < end_t)[:, None] & (n_N < N)[None, :]
+    tl.store(y_ptr + t_T.to(tl.int64)[:, None] * N + n_N[None, :], y, mask=is_in)
+
+
 @jit
-def place_of(program, num_t, num_n, TOGETHER: tl.constexpr):
+def place_of(program, num_t, num_n):
     """Which tile of rows and which of outputs a program computes.
 
     `TOGETHER` tiles of rows take the same weights one after another, while these are in the L2 cache.
     """
+    TOGETHER: tl.constexpr = 8
     first = program // (num_n * TOGETHER) * TOGETHER
     num_together = tl.minimum(num_t - first, TOGETHER)
     within = program % (num_n * TOGETHER)
@@ -136,7 +274,6 @@ def tile_product(
     n_N,
     t_T,
     K,
-    w_stride,
     x_stride,
     w_scale_stride,
     x_scale_stride,
@@ -155,7 +292,7 @@ def tile_product(
     `IS_EVEN`: TILE_K divides K. BLOCK: inputs, ROW_BLOCK: outputs that share a scale.
     """
     k_K = tl.arange(0, TILE_K)
-    w_at = w_ptr + n_N[:, None] * w_stride + k_K[None, :]
+    w_at = w_ptr + n_N[:, None] * K + k_K[None, :]
     x_at = x_ptr + t_T[:, None] * x_stride + k_K[None, :]
     acc = tl.zeros((TILE_N, TILE_T), dtype=tl.float32)
     for first_k in range(0, K, TILE_K):
