@@ -1,11 +1,11 @@
 """HTTP connections within bounds: how many there are, how long one may ask nothing, or take nothing.
 
-    accepted, TLS handshake ──> waits for a request: `wait_s` until the head has come whole <──┐
+    accepted, TLS handshake ──> waits for a request: `WAIT_S` until the head has come whole <──┐
                                         v                                                      │
                                 is answered ──────────────────────────> the response is written
 
-While it is answered, its body has a deadline of its own (`http_app`), and a client that takes nothing of what is
-written for `write_s` is hung up on. What trickles in byte by byte moves no deadline. Where there are as many
+While it is answered, its body has a deadline of its own (`http_app`), and a client that takes nothing of what
+is written for `WRITE_S` is hung up on. What trickles in byte by byte moves no deadline. Where there are as many
 connections as there may be, a new one takes the place of the one that has waited longest: whoever opens many
 and asks nothing shuts nobody out.
 """

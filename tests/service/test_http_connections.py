@@ -1,4 +1,4 @@
-"""Connections that ask nothing, take nothing, or are too many; each is bounded, and the others are answered."""
+"""Connections that ask nothing, take nothing, or are too many: bounded, and the others are answered."""
 
 from __future__ import annotations
 
