@@ -244,7 +244,7 @@ def _check_results(messages: Sequence[_Message]) -> None:
             elif isinstance(block, _ToolResult):
                 raise RequestError(
                     f"messages[{index}].content[{number}].tool_use_id",
-                    f"{block.tool_use_id!r} is no tool_use of the assistant's turn before it that waits for a result",
+                    f"{block.tool_use_id!r} is no unanswered tool_use of the assistant's turn before it",
                 )
 
 

@@ -23,7 +23,7 @@ Uint32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 _MAX_FIELD_LENGTH = 200
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
-# A part of a message of a kind that is none of ours; `what` is msgspec's or, of several kinds, its other word.
+# A part of a message, of another kind than there are here: what msgspec says of one kind, and of several.
 _OTHER_KIND = re.compile(
     r"Invalid (?:enum )?value '(?P<kind>[^']*)' - at `\$(?P<path>\.messages\[\d+\]\.content\[.*)\.type`$"
 )

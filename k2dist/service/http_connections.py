@@ -5,9 +5,9 @@
                                 is answered ──────────────────────────> the response is written
 
 While it is answered, its body has a deadline of its own (`http_app`), and a client that takes nothing of what
-is written for `WRITE_S` is hung up on. What trickles in byte by byte moves no deadline. Where there are as many
-connections as there may be, a new one takes the place of the one that has waited longest: whoever opens many
-and asks nothing shuts nobody out.
+is written for `WRITE_S` is hung up on. What trickles in byte by byte moves no deadline. Where there are as
+many connections as there may be, a new one takes the place of the one that has waited longest: whoever opens
+many and asks nothing shuts nobody out.
 """
 
 from __future__ import annotations
