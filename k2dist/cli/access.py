@@ -10,6 +10,7 @@ import typer
 from k2dist.cli.environment import API_KEY, api_key
 from k2dist.errors import UsageError
 from k2dist.messages import Message
+from k2dist.service.api_keys import check_key, read_key_file
 from k2dist.service.tls import SYSTEM, ClientTls
 
 CaOption = Annotated[
@@ -39,21 +40,5 @@ def read_access(
         tls = ClientTls(
             ca=ca, cert=None if cert is None else str(cert), key=None if key is None else str(key)
         )
-    return Access(tls=tls, api_key=_read_key(key_file))
-
-
-def _read_key(path: Path | None) -> str:
-    if path is None:
-        return _checked(api_key() or "", API_KEY)
-    try:
-        return _checked(path.read_text(encoding="utf-8"), f"--api-key-file {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {path}: cannot be read ({error})") from error
-
-
-def _checked(text: str, source: str) -> str:
-    """Without the line end that files have. It goes into a header, which takes no other characters."""
-    text = text.strip()
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise UsageError(f"{source}: not an API key; give one line of printable ASCII")
-    return text
+    key_text = read_key_file(key_file) if key_file is not None else check_key(api_key() or "", API_KEY)
+    return Access(tls=tls, api_key=key_text)

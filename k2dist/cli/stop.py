@@ -1,4 +1,4 @@
-"""`k2dist stop`: end a cluster that another command started."""
+"""`k2dist stop`: end a cluster that another command started, or only have it take no new work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import ray
 import typer
 
+from k2dist.cli.access import Access, CaOption, CertOption, KeyFileOption, KeyOption, read_access
 from k2dist.cli.environment import ray_address, records_dir
 from k2dist.cli.shown import print_json
 from k2dist.cluster.process_mark import find_process
@@ -21,10 +22,35 @@ _HOST_STOP_S = 10.0
 
 def stop(
     name: Annotated[str | None, typer.Option(help="The cluster; default: the only one there is.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Say what was ended as one JSON object.")] = False,
+    drain: Annotated[
+        bool,
+        typer.Option(
+            "--drain", help="Only that: no new work from now on; wait for the accepted, end nothing."
+        ),
+    ] = False,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Of --drain, in seconds; default: deadlines.drain_s.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of --drain: the coordinator's HOST:PORT; default: what is noted here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was done as one JSON object.")] = False,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    api_key_file: KeyFileOption = None,
 ) -> None:
-    """End a cluster in order: let it drain, stop its ranks, and the Ray that came with it."""
+    """End a cluster in order: let it drain, stop its ranks, and the Ray that came with it.
+
+    --drain talks to the coordinator as a client does, with an operator's key where keys are asked for.
+    """
     directory = records_dir()
+    if drain:
+        address = address or _noted_address(directory, name)
+        _drain(address, timeout_s, read_access(ca, cert, key, api_key_file), as_json=as_json)
+        return
+    if timeout_s is not None or address is not None:
+        raise UsageError("--timeout and --address: they are for --drain")
     name = name or _only_name(directory)
     record = read_record(directory, name)
     was_running = _end(name, record)
@@ -35,6 +61,27 @@ def stop(
         print_json({"ended": name})
     else:
         typer.echo(f"{name} has ended.")
+
+
+def _drain(address: str, timeout_s: float | None, access: Access, *, as_json: bool) -> None:
+    """Exit code 1: some of its outputs go on."""
+    from k2dist.service.client import Client  # with grpc: not where a cluster is ended
+
+    with Client(address, tls=access.tls, api_key=access.api_key) as client:
+        answer = client.drain(timeout_s)
+    shown = {"drained": answer.is_drained, "live_outputs": answer.live_outputs}
+    state = "it is empty" if answer.is_drained else f"{answer.live_outputs} outputs still go on"
+    text = f"{address} takes no new requests, and {state}. `k2dist stop` ends it."
+    typer.echo(msgspec.json.encode(shown).decode() if as_json else text)
+    if not answer.is_drained:
+        raise typer.Exit(1)
+
+
+def _noted_address(directory: Path, name: str | None) -> str:
+    record = read_record(directory, name or _only_name(directory))
+    if record is None:
+        raise UsageError(f"--address: where is it? No cluster {name!r} is noted on this machine")
+    return record.grpc
 
 
 def _only_name(directory: Path) -> str:

@@ -23,6 +23,7 @@ from k2dist.demo.chats import Chat, GrpcChat, LocalChat, Turn
 from k2dist.demo.phrases import phrasing
 from k2dist.demo.tools import Tool
 from k2dist.messages import ChatMessage, ToolCall
+from k2dist.service.api_keys import read_key_file
 from k2dist.service.tls import ClientTls
 from k2dist.text.tool_calls import Answer
 
@@ -224,7 +225,7 @@ def main() -> None:
         chat: Chat = LocalChat(options.model)
     else:
         tls = None if options.ca is None else ClientTls(ca=options.ca)
-        api_key = "" if options.api_key_file is None else options.api_key_file.read_text("utf-8").strip()
+        api_key = "" if options.api_key_file is None else read_key_file(options.api_key_file)
         chat = GrpcChat(options.address, tls=tls, api_key=api_key)
     outcomes = run_cases(cases, chat)
     print(failures(outcomes), file=sys.stderr)

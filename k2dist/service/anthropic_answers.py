@@ -10,9 +10,10 @@ is open there, a stream's events put together are the whole message.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
+
+from pydantic_core import from_json
 
 from k2dist.errors import RequestError
 from k2dist.messages import ToolCall, Usage
@@ -150,10 +151,11 @@ def _tool_use(call: ToolCall) -> dict[str, Any]:
 
 
 def _input(arguments: str | dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments as an object; {} where they were cut off, or are none."""
+    """A call's arguments as an object. Where they were cut off, what is whole of them, as the official client
+    reads a stream that was cut; {} where they are none."""
     try:
-        value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
+        value = from_json(arguments, allow_partial=True) if isinstance(arguments, str) else arguments
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -55,7 +55,7 @@ class AnthropicCall:
         return Frame(body, "error")
 
     def refusal(self, error: K2Error) -> ErrorReply:
-        return anthropic_error(rename_field(error, FIELDS))
+        return anthropic_error(rename_field(error, FIELDS), self._request_id)
 
     @property
     def _place(self) -> Place:

@@ -7,6 +7,7 @@ Source: Anthropic's API reference, Messages and count_tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -75,9 +76,13 @@ class _Thinking(_Block, frozen=True, kw_only=True, tag="thinking"):
     signature: str = ""
 
 
+class _HiddenThinking(_Block, frozen=True, kw_only=True, tag="redacted_thinking"):
+    data: str
+
+
 class _Message(_Strict, frozen=True, kw_only=True):
     role: Literal["user", "assistant", "system"]
-    content: str | list[_Text | _ToolUse | _ToolResult | _Thinking]
+    content: str | list[_Text | _ToolUse | _ToolResult | _Thinking | _HiddenThinking]
 
 
 class _Tool(_Strict, frozen=True, kw_only=True):
@@ -96,11 +101,23 @@ class _Choice(_Strict, frozen=True, kw_only=True):
     disable_parallel_tool_use: bool = False
 
 
-class _NoThinking(_Strict, frozen=True, kw_only=True):
-    """K2-Instruct does not think: where that is the model's choice, it chooses not to."""
+class _ThinkingChoice(_Strict, frozen=True, kw_only=True):
+    """K2-Instruct does not think: where that is the model's choice it chooses not to, and of a budget, which
+    is a bound, it uses nothing."""
 
-    type: Literal["disabled", "adaptive"]
+    type: Literal["disabled", "adaptive", "enabled"]
+    budget_tokens: Uint32 | None = None
     display: Any = None
+
+
+class _ClearThinking(_Strict, frozen=True, kw_only=True, tag_field="type", tag="clear_thinking_20251015"):
+    """Done before it is asked: no thinking of earlier turns is shown to the model."""
+
+    keep: Any = None
+
+
+class _ContextManagement(_Strict, frozen=True, kw_only=True):
+    edits: list[_ClearThinking] = []
 
 
 class _Format(_Strict, frozen=True, kw_only=True):
@@ -121,7 +138,8 @@ class _CountBody(_Strict, frozen=True, kw_only=True):
     system: str | list[_Text] = ""
     tools: list[_Tool] = []
     tool_choice: _Choice | None = None
-    thinking: _NoThinking | None = None
+    thinking: _ThinkingChoice | None = None
+    context_management: _ContextManagement | None = None
     output_config: _OutputConfig | None = None
 
 
@@ -168,6 +186,7 @@ def _read_chat(body: _CountBody) -> Chat:
     system = _joined(body.system)
     if system:
         messages.append(ChatMessage(role="system", content=system))
+    _check_results(body.messages)
     for index, message in enumerate(body.messages):
         messages += _read_message(f"messages[{index}]", message)
     choice = body.tool_choice
@@ -201,11 +220,32 @@ def _read_message(field: str, message: _Message) -> list[ChatMessage]:
                     role="tool", content=_joined(block.content), tool_call_id=block.tool_use_id
                 )
                 results.append(result)
-            case _Thinking():
+            case _Thinking() | _HiddenThinking():
                 _check_role(place, "thinking", message.role, "assistant")
     if results and not text:
         return results
     return [*results, ChatMessage(role=message.role, content=text, tool_calls=tuple(calls))]
+
+
+def _check_results(messages: Sequence[_Message]) -> None:
+    """RequestError for a result that answers no call of the assistant's turn before it, or one answered
+    already. Messages of one role in a row are one turn."""
+    unanswered: set[str] = set()
+    role = ""
+    for index, message in enumerate(messages):
+        if message.role == "assistant" != role:
+            unanswered = set()
+        role = message.role
+        for number, block in enumerate(message.content if not isinstance(message.content, str) else ()):
+            if isinstance(block, _ToolUse):
+                unanswered.add(block.id)
+            elif isinstance(block, _ToolResult) and block.tool_use_id in unanswered:
+                unanswered.remove(block.tool_use_id)
+            elif isinstance(block, _ToolResult):
+                raise RequestError(
+                    f"messages[{index}].content[{number}].tool_use_id",
+                    f"{block.tool_use_id!r} is no unanswered tool_use of the assistant's turn before it",
+                )
 
 
 def _check_role(place: str, kind: str, role: str, wanted: str) -> None:

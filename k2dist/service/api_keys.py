@@ -31,7 +31,7 @@ import yaml
 from msgspec import Meta
 
 from k2dist.coordinator.rate import PerMinute, RateLimit
-from k2dist.errors import ConfigError
+from k2dist.errors import ConfigError, UsageError
 from k2dist.messages import Message
 
 Role = Literal["client", "monitor", "operator"]
@@ -85,6 +85,23 @@ def key_id(key: str) -> str:
     parts = _KEY.fullmatch(key)
     assert parts is not None, "a key of `new_key`"
     return parts["id"]
+
+
+def read_key_file(path: Path) -> str:
+    """The key that a client keeps in a file. UsageError: there is none in it."""
+    try:
+        return check_key(path.read_text(encoding="utf-8"), f"--api-key-file {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key-file {path}: cannot be read ({error})") from error
+
+
+def check_key(text: str, source: str) -> str:
+    """A key without the line end that files have; it goes into a header, which takes no other characters.
+    UsageError names the source and does not show the text."""
+    text = text.strip()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise UsageError(f"{source}: not an API key; give one line of printable ASCII")
+    return text
 
 
 def read_keys(path: str) -> KeyTable:

@@ -52,7 +52,8 @@ class Caller(Message, frozen=True, kw_only=True):
 
     def check_role(self, *roles: Role) -> None:
         if self.role not in roles:
-            raise ForbiddenError(f"this key is for {self.role}s; it takes one for {' or '.join(roles)}s")
+            wanted = " or ".join(f"{role}s" for role in roles)
+            raise ForbiddenError(f"this key is for {self.role}s; it takes one for {wanted}")
 
     def own(self, asked: ClientRequest) -> ClientRequest:
         """The request with its caller's tenant. ForbiddenError: another's tenant, or too high a priority."""

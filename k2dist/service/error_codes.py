@@ -145,7 +145,9 @@ def error_of(call: grpc.aio.AioRpcError, address: str) -> K2Error:
     if row is not None:
         return make_error(row.error, message, field)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return UnavailableError(f"{address}: no k2dist server answers ({message}); is it running?")
+        is_there = "Socket closed" in message  # after a connection: a handshake that one side left
+        doubt = "does it speak TLS, or ask for a certificate?" if is_there else "is it running?"
+        return UnavailableError(f"{address}: no k2dist server answers ({message}); {doubt}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerError(f"{address}: no answer within the deadline")
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -22,6 +22,8 @@ from k2dist.service.tls import inner_tls, server_context
 if TYPE_CHECKING:
     from k2dist.service.http_server import HttpServer
 
+_MORE_CONNECTIONS = 1024  # than requests that generate: those of pools and probes, and those that are refused
+
 
 class GatewayActor:
     """`start` before all else, on the event loop that then belongs to it. inner_key: by which the coordinator
@@ -49,11 +51,12 @@ class GatewayActor:
         service = self._config.service
         gate = Gate(service.api_keys)
         context = server_context(service.tls) if service.tls.is_on else None
-        self._server = self._http.HttpServer(http)
+        num_running = max_requests(self._config)
+        self._server = self._http.HttpServer(http, max_connections=num_running + _MORE_CONNECTIONS)
         self._client = AsyncClient(coordinator, tls=inner_tls(service.tls), api_key=self._inner_key)
         (model,) = await self._client.models()
         gateway = self._app.Gateway(
-            self._client, model.name, gate, max_running=max_requests(self._config), spans=self._spans
+            self._client, model.name, gate, max_running=num_running, spans=self._spans
         )
         await self._server.start(self._app.make_app(gateway), context)
         return self._server.address

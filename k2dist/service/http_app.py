@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI, Request
@@ -35,7 +36,7 @@ from k2dist.service.http_errors import (
     openai_error,
 )
 from k2dist.service.http_exchange import Exchange
-from k2dist.service.http_gate import HttpGate, credentials
+from k2dist.service.http_gate import ANTHROPIC_PATH, HttpGate, credentials, name_request, request_id
 from k2dist.service.http_metrics import AnswerClock, HttpMetrics
 from k2dist.service.http_operator import add_operator_paths
 from k2dist.service.openai_call import OpenAICall
@@ -111,7 +112,9 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [await _model(gateway)]})
+        served = await _model(gateway)
+        pages = {"has_more": False, "first_id": served["id"], "last_id": served["id"]}
+        return JSONResponse({"object": "list", "data": [served]} | pages)
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
@@ -122,14 +125,12 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
 
 
 async def _model(gateway: Gateway) -> dict[str, Any]:
+    """With the fields of both APIs, whose clients ask for it at the same path."""
     (model,) = await gateway.client.models()
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": gateway.began,
-        "owned_by": "k2dist",
-        "max_model_len": model.max_positions,
-    }
+    openai = {"object": "model", "created": gateway.began, "owned_by": "k2dist"}
+    began = datetime.fromtimestamp(gateway.began, UTC).isoformat().replace("+00:00", "Z")
+    anthropic = {"type": "model", "display_name": model.name, "created_at": began}
+    return {"id": model.name, "max_model_len": model.max_positions} | openai | anthropic
 
 
 def _add_anthropic(app: FastAPI, gateway: Gateway) -> None:
@@ -174,14 +175,14 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _reply(request: Request, error: K2Error) -> Response:
-    reply = _form(request.url.path)(error)
+    reply = _form(request.url.path)(error, request_id(request.scope))
     headers = {"retry-after": str(reply.retry_after_s)} if reply.retry_after_s is not None else None
     return JSONResponse(reply.body, status_code=reply.status, headers=headers)
 
 
 def _form(path: str) -> ErrorForm:
     """Of the API that is at this path."""
-    return anthropic_error if path.startswith("/v1/messages") else openai_error
+    return anthropic_error if path.startswith(ANTHROPIC_PATH) else openai_error
 
 
 class _Posted(NamedTuple):
@@ -202,10 +203,13 @@ async def _receive(request: Request, prefix: str) -> _Posted:
     fields = await _off_loop(len(body), lambda: read_object(body))
     last_id = request.headers.get("last-event-id")
     if last_id is None:
-        return _Posted(fields, new_id(prefix, fields, int(time.time())), None, len(body))
-    request_id, places = read_id(last_id)
-    check_same(request_id, prefix, fields)
-    return _Posted(fields, request_id, places, len(body))
+        posted = _Posted(fields, new_id(prefix, fields, int(time.time())), None, len(body))
+    else:
+        begun_id, places = read_id(last_id)
+        check_same(begun_id, prefix, fields)
+        posted = _Posted(fields, begun_id, places, len(body))
+    name_request(request.scope, posted.request_id)
+    return posted
 
 
 async def _translated(posted: _Posted, read: Callable[[dict[str, Any], str], T]) -> T:

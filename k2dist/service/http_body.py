@@ -23,6 +23,10 @@ Uint32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 _MAX_FIELD_LENGTH = 200
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+# A part of a message, of another kind than there are here: what msgspec says of one kind, and of several.
+_OTHER_KIND = re.compile(
+    r"Invalid (?:enum )?value '(?P<kind>[^']*)' - at `\$(?P<path>\.messages\[\d+\]\.content\[.*)\.type`$"
+)
 _WRONG = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>.*)`$", re.DOTALL)
 
 
@@ -57,6 +61,10 @@ def _refusal(message: str) -> RequestError:
         return RequestError(_field(found["path"], found["name"]), "unknown here; leave it out")
     if found := _MISSING.match(message):
         return RequestError(_field(found["path"], found["name"]), "missing")
+    if found := _OTHER_KIND.match(message):
+        return RequestError(
+            _field(found["path"], ""), f"{found['kind']}: not read here; this model takes text and tools only"
+        )
     if found := _WRONG.match(message):
         return RequestError(_field(found["path"], ""), found["what"].replace("`", ""))
     return RequestError("", message.replace("`", ""))

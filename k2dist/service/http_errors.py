@@ -72,19 +72,24 @@ class ErrorReply(NamedTuple):
     retry_after_s: int | None  # None: to send it again as it is does not help
 
 
-ErrorForm = Callable[[K2Error], ErrorReply]
+ErrorForm = Callable[[K2Error, str], ErrorReply]  # the error, the request's id
 
 
-def openai_error(error: K2Error) -> ErrorReply:
+def openai_error(error: K2Error, request_id: str) -> ErrorReply:
+    """The id is in the headers of this API's responses only."""
     row = _row(error)
     param = error.field or None if isinstance(error, RequestError) else None
     body = {"message": str(error), "type": row.openai_type, "param": param, "code": row.openai_code}
     return ErrorReply(row.status, {"error": body}, _wait_s(error))
 
 
-def anthropic_error(error: K2Error) -> ErrorReply:
+def anthropic_error(error: K2Error, request_id: str) -> ErrorReply:
     row = _row(error)
-    body = {"type": "error", "error": {"type": row.anthropic_type, "message": str(error)}}
+    body = {
+        "type": "error",
+        "error": {"type": row.anthropic_type, "message": str(error)},
+        "request_id": request_id,
+    }
     return ErrorReply(row.anthropic_status, body, _wait_s(error))
 
 

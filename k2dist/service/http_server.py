@@ -7,12 +7,14 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from k2dist.config.cluster import split_address
 from k2dist.errors import CapacityError, ConfigError, UnavailableError
+from k2dist.service.http_connections import WAIT_S, Connection, Listener
 
 _MAX_HEADER_BYTES = 32 * 1024  # of a request that has not come whole; what one read brings may be more
 _BACKLOG = 1024
@@ -23,9 +25,9 @@ _STARTED_S = 0.005  # between two looks whether it serves
 class HttpServer:
     """Begins to listen when it is made, so that a port in use is found before all else."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, max_connections: int) -> None:
         """CapacityError: the port is taken."""
-        self._listener = _listen(address)
+        self._listener = _listen(address, max_connections)
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
         host, port = self._listener.getsockname()[:2]
@@ -47,10 +49,12 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_keep_alive=int(WAIT_S) + 1,  # a connection has a deadline of its own
             timeout_graceful_shutdown=_GRACE_S,
         )
         settings.load()
         settings.ssl = tls
+        settings.http_protocol_class = partial(Connection, self._listener)  # type: ignore[assignment]
         self._server = _Server(settings)
         self._serving = asyncio.ensure_future(self._server.serve([self._listener]))
         while not self._server.started:
@@ -76,12 +80,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(address: str) -> socket.socket:
+def _listen(address: str, max_connections: int) -> Listener:
     parts = split_address(address)
     if parts is None:
         raise ConfigError(f"service.http={address!r}: use host:port, such as 127.0.0.1:8000")
     host, port = parts
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener = Listener(socket.AF_INET6 if ":" in host else socket.AF_INET, max_connections)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from k2dist._proto.v1 import observe_pb2 as pb
 from k2dist._proto.v1 import observe_pb2_grpc
@@ -42,6 +43,7 @@ class ObserveServicer(observe_pb2_grpc.ObserveServicer):
                 raise UnknownRequestError(
                     "request_id", f"{request.request_id!r} is not known here; it may have ended long ago"
                 )
+            trace = replace(trace, request_id=request.request_id)  # as its caller knows it
             return pb.GetTraceResponse(json=_ENCODER.encode(trace))
 
 

@@ -66,7 +66,7 @@ class OpenAICall:
 
     def refusal(self, error: K2Error) -> ErrorReply:
         names = CHAT_FIELDS if self._asked.is_chat else COMPLETION_FIELDS
-        return openai_error(rename_field(error, names))
+        return openai_error(rename_field(error, names), self._request_id)
 
     def _positions(self, prompt_index: int) -> list[Position]:
         """Of one prompt's outputs; choices are numbered over all prompts."""

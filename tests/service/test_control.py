@@ -16,6 +16,7 @@ from k2dist.ids import Generation, WorldRank
 from k2dist.observe import WorldState
 from k2dist.service import control_servicer
 from k2dist.service.client import AsyncClient
+from k2dist.service.client_request import ClientRequest, PartialSampling
 from k2dist.service.coordinator_actor import CoordinatorActor
 from k2dist.supervision.table import RankState
 from k2dist.text.tokenizer import Tokenizer
@@ -125,3 +126,16 @@ async def test_a_draining_without_a_limit_is_refused(serve: Serve, tokenizer: To
 
 def test_every_state_of_a_rank_has_a_name_on_the_wire() -> None:
     assert set(control_servicer._RANK_STATES) == {state.value for state in RankState} | {"unspecified"}
+
+
+async def test_a_draining_that_is_given_up_says_what_goes_on(serve: Serve, tokenizer: Tokenizer) -> None:
+    lane = FakeLane(tokenizer, step_s=0.01)
+    endless = PartialSampling(max_tokens=900, ignore_eos=True)
+    async with serve(lane) as client:
+        events = client.generate(ClientRequest(prompt="a", sampling=endless, num_outputs=2))
+        await anext(events)
+        answer = await client.drain(0.05)
+        assert (answer.is_drained, answer.live_outputs) == (False, 2)
+        await events.aclose()
+        answer = await client.drain(10)
+        assert (answer.is_drained, answer.live_outputs) == (True, 0)

@@ -178,4 +178,4 @@ async def test_a_port_in_use_is_one_clear_line(serve_http: ServeHttp, tokenizer:
     async with serve_http(FakeLane(tokenizer)) as server:
         address = server.url.removeprefix("http://")
         with pytest.raises(CapacityError, match=rf"service\.http: cannot listen on {address}"):
-            HttpServer(address)
+            HttpServer(address, max_connections=1)

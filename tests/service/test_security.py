@@ -22,7 +22,7 @@ from k2dist._proto.v1 import inference_pb2 as pb
 from k2dist.config.cluster import ClusterConfig, TlsConfig
 from k2dist.errors import ConfigError, UnavailableError
 from k2dist.messages import ChatMessage
-from k2dist.service.answer_events import Accepted, AnswerEvent
+from k2dist.service.answer_events import Accepted, AnswerEvent, Delta
 from k2dist.service.client import AsyncClient
 from k2dist.service.client_request import ClientRequest, PartialSampling
 from k2dist.service.coordinator_actor import CoordinatorActor
@@ -77,6 +77,10 @@ async def read(events: AsyncIterator[AnswerEvent]) -> list[AnswerEvent]:
     return [event async for event in events]
 
 
+def text_of(events: list[AnswerEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
 # -- TLS -----------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +98,7 @@ async def test_both_servers_speak_tls_and_only_that(
             assert len(await read(client.generate(ClientRequest(prompt="a")))) > 2
         for wrong in (None, ClientTls(ca=stranger.ca), ClientTls(ca=authority.ca, name="other.example")):
             async with AsyncClient(at.grpc, tls=wrong) as client:
-                with pytest.raises(UnavailableError):
+                with pytest.raises(UnavailableError, match="is it running" if wrong else "speak TLS"):
                     await client.models()
         async with httpx.AsyncClient(base_url=f"https://{at.http}", verify=context(authority)) as http:
             assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
@@ -319,10 +323,14 @@ async def test_a_request_belongs_to_its_key(
         with pytest.raises(UnknownRequestError, match="'r' is not known"):
             await read(they.resume("r"))
         assert (await they.abort("r")).result == pb.AbortResponse.RESULT_NOT_FOUND
-        other = await read(they.generate(ClientRequest(prompt="b", request_id="r")))  # their own r
+        other = await read(they.generate(ClientRequest(prompt="bc", request_id="r")))  # their own r
         assert isinstance(other[0], Accepted)
         rest = [event async for event in events]
-        assert await read(me.resume("r")) == [accepted, *rest] or len(await read(me.resume("r"))) > 2
+        assert text_of(await read(me.resume("r"))) == text_of(rest) != ""
+        assert (await me.observe.trace("r")).request_id == "r", "not what it is called inside"
+        with pytest.raises(UnknownRequestError, match="'other' is not known"):
+            await they.observe.trace("other")
+        assert (await they.observe.trace("r")).num_prompt_tokens == 2, "their own r"
         assert (await me.abort("r")).result == pb.AbortResponse.RESULT_ALREADY_FINISHED
         assert not lane.cancelled
 
