@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Iterable
 
 from k2dist.messages import Message
 from k2dist.planner.layer_bytes import EvenLayer, LayerBytes
@@ -268,12 +267,3 @@ def _rates(site: Site) -> dict[Sort, tuple[float, float]]:
         Sort.PROMPT: (assumed.memory * memory, assumed.attention * bf16),
         Sort.MOVE: (assumed.memory * memory, bf16),
     }
-
-
-def term_seconds(parts: Iterable[PartCost]) -> dict[Term, float]:
-    """What all parts together spend on each term."""
-    found = dict.fromkeys(Term, 0.0)
-    for part in parts:
-        for term in (Term.COMPUTE, Term.MEMORY, Term.NETWORK, Term.WAIT):
-            found[term] += getattr(part, f"{term}_s")
-    return found

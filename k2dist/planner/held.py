@@ -8,7 +8,7 @@ the latent (kv_b) is absorbed, unquantised; router weights are widened to float3
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from functools import cache
 
 from k2dist.config.architecture import Architecture
 from k2dist.messages import Message
@@ -62,30 +62,33 @@ def lane_bytes(architecture: Architecture, tp: int, form: Form) -> LaneBytes:
     return LaneBytes(read=read, held=held)
 
 
-def _shared_tensors(architecture: Architecture) -> Iterator[tuple[Published, int]]:
+@cache
+def _shared_tensors(architecture: Architecture) -> tuple[tuple[Published, int], ...]:
     """What is no expert's: of one layer of each sort, with how many layers are like it, and of the ends."""
     a = architecture
+    found = [(tensor, 1) for tensor in end_tensors(a)]
     for layer, times in ((0, a.first_dense_layers), (a.first_dense_layers, a.num_moe_layers)):
         if times:
-            for tensor in layer_tensors(a, layer):
-                if tensor.share is not Share.EXPERT:
-                    yield tensor, times
-    for tensor in end_tensors(a):
-        yield tensor, 1
+            tensors = layer_tensors(a, layer)
+            found += [(tensor, times) for tensor in tensors if tensor.share is not Share.EXPERT]
+    return tuple(found)
 
 
 def expert_bytes(architecture: Architecture, form: Form | None = None) -> int:
     """One expert of one layer: as published, or as `form` holds it."""
-    if not architecture.num_moe_layers:
-        return 0
-    tensors = (
-        tensor
-        for tensor in layer_tensors(architecture, architecture.first_dense_layers)
-        if tensor.expert == 0
-    )
     return sum(
-        tensor.num_bytes if form is None else _held(tensor, 1, architecture, form) for tensor in tensors
+        tensor.num_bytes if form is None else _held(tensor, 1, architecture, form)
+        for tensor in _first_expert(architecture)
     )
+
+
+@cache
+def _first_expert(architecture: Architecture) -> tuple[Published, ...]:
+    """Its tensors in one layer: all experts are alike."""
+    a = architecture
+    if not a.num_moe_layers:
+        return ()
+    return tuple(tensor for tensor in layer_tensors(a, a.first_dense_layers) if tensor.expert == 0)
 
 
 def kind_of(tensor: Published) -> Kind:

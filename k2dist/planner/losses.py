@@ -14,7 +14,7 @@ one node: rank w on node w // (world / nodes), as packing places them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from k2dist.config.architecture import Architecture
 from k2dist.messages import Message
@@ -77,15 +77,23 @@ def survivable_losses(
 
 def _fewest_places(layout: Layout, ranks_per_place: int) -> int:
     """On how many places (ranks or nodes) the weight lies that lies on fewest."""
-    places: dict[tuple[int, int], set[int]] = {}
-    for rank in layout.ranks:
-        place = rank.world_rank // ranks_per_place
-        for layer, experts in enumerate(rank.experts):
-            for expert in experts:
-                places.setdefault((layer, expert), set()).add(place)
-        if rank.tp_rank is not None:
-            places.setdefault((-1, rank.tp_rank), set()).add(place)  # its slice of what is no expert
-    return min(len(held) for held in places.values())
+    held = [(rank.world_rank // ranks_per_place, rank) for rank in layout.ranks]
+    slices = [(place, (rank.tp_rank,)) for place, rank in held if rank.tp_rank is not None]
+    fewest = _places_of_rarest(slices)  # of what is no expert, each tp rank has its slice
+    for layer in set(zip(*(rank.experts for rank in layout.ranks), strict=True)):  # most are alike
+        fewest = min(
+            fewest, _places_of_rarest([(place, row) for (place, _), row in zip(held, layer, strict=True)])
+        )
+    return fewest
+
+
+def _places_of_rarest(held: Iterable[tuple[int, Sequence[int]]]) -> int:
+    """`held`: what lies on a place; a place may come more than once."""
+    places: dict[int, set[int]] = {}
+    for place, weights in held:
+        for weight in weights:
+            places.setdefault(weight, set()).add(place)
+    return min(map(len, places.values()))
 
 
 def _remainders(

@@ -9,22 +9,22 @@ All lanes step together, prompts on the same steps. Nothing here waits: a minute
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from k2dist.cache import PagePool
 from k2dist.config.cluster import ClusterConfig
 from k2dist.coordinator import Admission, choose
 from k2dist.errors import CapacityError, RequestError
-from k2dist.ids import Generation, LaneId, RequestId, SeqId
+from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import Event, LaneLoad, Request, StepPlan, StepResult
 from k2dist.planner.arrivals import Arrival, request_of
 from k2dist.planner.cost import StepCost, StepModel
 from k2dist.planner.loss import Loss
-from k2dist.planner.report import LossReport, Percentiles, SimulationReport, Tally, quantiles
+from k2dist.planner.outage import Outage
+from k2dist.planner.report import Percentiles, SimulationReport, Tally, quantiles
+from k2dist.planner.simulated_lane import SimulatedLane
 from k2dist.planner.work import LaneWork
-from k2dist.scheduler import Limits, PrefillCadence, Scheduler
+from k2dist.scheduler import PrefillCadence
 
 TOKEN = 7  # that every step samples; requests end by their length
 
@@ -34,17 +34,8 @@ class _Client:
     """One request, as whoever sent it sees it."""
 
     arrived_s: float
-    prompt_len: int
     first_s: float | None = None
     num_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Lane:
-    scheduler: Scheduler
-    is_up: bool = True
-    num_outputs: int = 0  # sent to it and not ended: what the router sees
-    prompt_len: dict[SeqId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +51,7 @@ class _Step:
 
 class Simulation:
     """`arrivals` in order of time. `max_open`: clients that wait for their answer before the next one comes;
-    None: everybody comes when the clock says so. `most_s`: the virtual time at which it is broken off."""
+    None: everybody comes when the clock says so."""
 
     def __init__(
         self,
@@ -70,25 +61,20 @@ class Simulation:
         *,
         max_open: int | None = None,
         loss: Loss | None = None,
-        most_s: float | None = None,
     ) -> None:
         self.now_s = 0.0
         self.num_arrived = self.num_finished = self.num_refused = 0
         self._config = config
         self._model = model
         self._architecture = model.site.architecture
-        self._limits = limits_of(config)
         self._arrivals = iter(arrivals)
         self._next = next(self._arrivals, None)
         self._max_open = max_open
-        self._loss = loss
-        self._most_s = most_s
-        self._loss_report: LossReport | None = None
+        self._outage = Outage(loss)
         self._admission = Admission(config.service.max_queued)
-        self._again: deque[Request] = deque()  # of a lost lane, until another has room
-        self._lanes = {LaneId(lane): _Lane(self._scheduler()) for lane in range(model.site.lanes)}
+        self._lanes = {LaneId(lane): SimulatedLane(config, model.site) for lane in range(model.site.lanes)}
         self._clients: dict[RequestId, _Client] = {}
-        self._cadence = PrefillCadence(self._limits.prefill_every)
+        self._cadence = PrefillCadence(config.scheduler.prefill_every)
         self._under_way: _Step | None = None
         self._num_steps = 0
         self._tally = Tally()
@@ -107,14 +93,15 @@ class Simulation:
         elif launched is None and not self._leap():
             return False
         self._under_way = launched
-        return self._most_s is None or self.now_s < self._most_s
+        return True
 
     def _leap(self) -> bool:
         """Nobody has work: to the next arrival, or the lost lane's return; false if there is nothing more."""
         times_s = [self._next.at_s] if self._next is not None else []
-        is_waiting = bool(self._again) or len(self._admission) > 0
-        if self._loss_report is not None and is_waiting and len(self._up()) < len(self._lanes):
-            times_s.append(self._loss_report.lane_back_s)
+        is_waiting = bool(self._outage.waiting) or len(self._admission) > 0
+        lost = self._outage.lost
+        if lost is not None and is_waiting and not self._lanes[lost[0]].is_up:
+            times_s.append(lost[1])
         if not times_s:
             return False
         until_s = max(min(times_s), self.now_s)
@@ -145,14 +132,14 @@ class Simulation:
         except CapacityError:
             self.num_refused += 1
             return
-        self._clients[request.request_id] = _Client(arrived_s, len(request.prompt))
+        self._clients[request.request_id] = _Client(arrived_s)
         self._send_queued()
 
     def _send_queued(self) -> None:
         """As the coordinator's dispatcher: those of a lost lane first, they were accepted."""
         while loads := self._loads():
-            if self._again:
-                request = self._again.popleft()
+            if self._outage.waiting:
+                request = self._outage.waiting.popleft()
             else:
                 admitted = self._admission.take(1, self.now_s)
                 for expired in admitted.expired:
@@ -166,7 +153,7 @@ class Simulation:
         return [
             LaneLoad(lane=lane_id, num_running=lane.num_outputs, num_waiting=0, num_pages=0, num_pages_free=0)
             for lane_id, lane in self._lanes.items()
-            if lane.is_up and lane.num_outputs < self._limits.max_running
+            if lane.is_up and lane.num_outputs < self._config.scheduler.max_running
         ]
 
     def _add(self, lane_id: LaneId, request: Request) -> None:
@@ -192,10 +179,10 @@ class Simulation:
         works: list[LaneWork] = []
         for lane_id, lane in self._up().items():
             plan = lane.scheduler.plan(Generation(0), self._num_steps, self.now_s, prefill=allows_prefill)
-            self._note_new(lane, plan)
+            self._tally.num_preempted += lane.note_new(plan)
             if plan.grants:
                 plans[lane_id] = plan
-                works.append(self._work(lane, plan))
+                works.append(lane.work(plan))
         if not plans:
             self._cadence.note(has_prompts=False, has_decodes=False)
             return None
@@ -208,34 +195,6 @@ class Simulation:
         begin_s = self.now_s if self._under_way is None else self._under_way.end_s
         return _Step(
             plans, cost.step_s, begin_s + cost.step_s, sum(work.prompt_rows for work in works), cost.binding
-        )
-
-    def _note_new(self, lane: _Lane, plan: StepPlan) -> None:
-        for new in plan.new:
-            if new.seq_id in lane.prompt_len:  # it ran before: somebody took its pages
-                self._tally.num_preempted += 1
-            lane.prompt_len[new.seq_id] = len(new.prompt)
-
-    def _work(self, lane: _Lane, plan: StepPlan) -> LaneWork:
-        decode_rows = prompt_rows = prompts = starts = 0
-        keys = 0
-        for grant in plan.grants:
-            if grant.start < lane.prompt_len[grant.seq_id]:
-                prompts += 1
-                prompt_rows += grant.num_tokens
-                starts += grant.start
-            else:
-                decode_rows += grant.num_tokens
-                keys += grant.num_tokens * (grant.start + 1)
-        rows = decode_rows + prompt_rows
-        return LaneWork(
-            num_rows=rows,
-            own_rows=self._model.site.own_rows(rows),
-            decode_rows=decode_rows,
-            num_keys=keys / max(decode_rows, 1),
-            prompt_rows=prompt_rows,
-            prompts=max(prompts, 1),
-            prompt_start=starts / max(prompts, 1),
         )
 
     def _cost(self, works: list[LaneWork]) -> StepCost:
@@ -263,7 +222,7 @@ class Simulation:
             num_tokens += self._take_events(lane, lane.scheduler.commit(result, self.now_s))
         loads = [lane.scheduler.load(lane_id) for lane_id, lane in self._lanes.items()]
         running = sum(load.num_running for load in loads)
-        waiting = sum(load.num_waiting for load in loads) + len(self._admission) + len(self._again)
+        waiting = sum(load.num_waiting for load in loads) + len(self._admission) + len(self._outage.waiting)
         self._most_running = max(self._most_running, running)
         self._most_waiting = max(self._most_waiting, waiting)
         free = sum(load.num_pages_free for load in loads)
@@ -278,7 +237,7 @@ class Simulation:
             binding=step.binding,
         )
 
-    def _take_events(self, lane: _Lane, events: tuple[Event, ...]) -> int:
+    def _take_events(self, lane: SimulatedLane, events: tuple[Event, ...]) -> int:
         """Returns how many tokens came."""
         num_tokens = 0
         for event in events:
@@ -291,7 +250,7 @@ class Simulation:
                 self._finish(lane, event, client, client.first_s)
         return num_tokens
 
-    def _finish(self, lane: _Lane, event: Event, client: _Client, first_s: float) -> None:
+    def _finish(self, lane: SimulatedLane, event: Event, client: _Client, first_s: float) -> None:
         tally = self._tally
         lane.num_outputs -= 1
         self.num_finished += 1
@@ -307,47 +266,28 @@ class Simulation:
     # -- a rank is lost --------------------------------------------------------------------------------
 
     def _meet_loss(self) -> None:
-        loss = self._loss
-        if loss is None or self.now_s < loss.at_s:
-            return
-        if self._loss_report is None:
+        loss = self._outage.due(self.now_s)
+        if loss is not None:
             self._lose(loss)
-        report = self._loss_report
-        if report is not None and report.lane is not None and self.now_s >= report.lane_back_s:
-            self._lanes[LaneId(report.lane)].is_up = True
+        lost = self._outage.lost
+        if lost is not None and self.now_s >= lost[1]:
+            self._lanes[lost[0]].is_up = True
 
     def _lose(self, loss: Loss) -> None:
         """The step under way is repeated once the others go on; the lost lane's requests go elsewhere."""
         requests: tuple[Request, ...] = ()
+        step = self._under_way
         if loss.lane is not None:
             lane_id = LaneId(loss.lane)
             requests = self._lanes[lane_id].scheduler.live()
-            self._lanes[lane_id] = _Lane(self._scheduler(), is_up=False)
-            if self._under_way is not None:
-                self._under_way.plans.pop(lane_id, None)
-        self._again.extend(requests)
-        if self._under_way is not None:
-            step = self._under_way
-            self._under_way = _Step(
-                step.plans,
-                step.step_s,
-                self.now_s + loss.pause_s + step.step_s,
-                step.prompt_rows,
-                step.binding,
-            )
+            self._lanes[lane_id] = SimulatedLane(self._config, self._model.site, is_up=False)
+            if step is not None:
+                step.plans.pop(lane_id, None)
+        if step is not None:
+            self._under_way = replace(step, end_s=self.now_s + loss.pause_s + step.step_s)
         else:
             self.now_s += loss.pause_s
-        self._loss_report = LossReport(
-            world_rank=loss.world_rank,
-            lane=loss.lane,
-            at_s=loss.at_s,
-            pause_s=loss.pause_s,
-            lane_back_s=loss.at_s + loss.lane_back_s,
-            num_readmitted=len(requests),
-            num_tokens_recomputed=sum(
-                len(request.prompt) + sum(map(len, request.generated.values())) for request in requests
-            ),
-        )
+        self._outage.meet(loss, requests)
 
     # -- the whole -------------------------------------------------------------------------------------
 
@@ -375,7 +315,7 @@ class Simulation:
             most_waiting=self._most_waiting,
             imbalance=self._model.site.assumed.imbalance,
             binding={name: seconds / total_s for name, seconds in bound},
-            loss=self._loss_report,
+            loss=self._outage.report,
             ttfts_s=quantiles(tally.ttfts_s),
             tpots_s=quantiles(tally.tpots_s),
             moments=tally.moments(),
@@ -388,42 +328,16 @@ class Simulation:
             lane.scheduler.check()
             assert len(lane.scheduler.live()) == lane.num_outputs, "the router miscounts a lane"
         held = sum(lane.num_outputs for lane in self._lanes.values())
-        assert len(self._clients) == held + len(self._admission) + len(self._again), "a request is lost"
+        assert len(self._clients) == held + len(self._admission) + len(self._outage.waiting), (
+            "a request is lost"
+        )
         assert self.num_arrived == self.num_finished + self.num_refused + len(self._clients)
 
-    def _up(self) -> dict[LaneId, _Lane]:
+    def _up(self) -> dict[LaneId, SimulatedLane]:
         return {lane_id: lane for lane_id, lane in self._lanes.items() if lane.is_up}
-
-    def _scheduler(self) -> Scheduler:
-        cache = self._config.cache
-        return Scheduler(
-            self._limits,
-            PagePool(cache.num_pages, cache.page_tokens),
-            end_token_ids=frozenset(),
-            token_bytes=_no_bytes,
-            max_positions=self._architecture.max_positions,
-        )
 
 
 def simulate(simulation: Simulation) -> Iterator[Simulation]:
     """Turn after turn, for whoever shows how far it is."""
     while simulation.turn():
         yield simulation
-
-
-def limits_of(config: ClusterConfig) -> Limits:
-    """Of one lane's scheduler, as configured."""
-    scheduler = config.scheduler
-    return Limits(
-        step_tokens=scheduler.step_tokens,
-        chunk_tokens=scheduler.chunk_tokens,
-        prefill_every=scheduler.prefill_every,
-        max_running=scheduler.max_running,
-        max_waiting=scheduler.max_waiting,
-        ageing_s=scheduler.ageing_s,
-        reuse_generated=config.cache.reuse_generated,
-    )
-
-
-def _no_bytes(token_id: int) -> bytes:
-    return b""

@@ -80,8 +80,10 @@ class DashboardRay:
         )
 
     def __enter__(self) -> Self:
-        await_that(self._answers, f"no dashboard; see {self._directory}.log", UP_S)
         return self
+
+    def await_dashboard(self) -> None:
+        await_that(self._answers, f"no dashboard; see {self._directory}.log", UP_S)
 
     def __exit__(self, *_: object) -> None:
         """Jobs have ended in order; Ray itself, which takes its time, need not."""
@@ -95,15 +97,14 @@ class DashboardRay:
         shutil.rmtree(self._directory, ignore_errors=True)
         Path(f"{self._directory}.log").unlink()
 
-    def job(self, *arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        """`ray job ...`, as a user runs it."""
-        return subprocess.run(
+    def job(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """`ray job ...`, as a user runs it, and what it says."""
+        return subprocess.Popen(
             [self._python, "-m", "ray.scripts.scripts", "job", *map(str, arguments)],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             env=self._settings(),
-            timeout=timeout_s,
-            check=False,
         )
 
     def job_info(self, submission_id: str) -> dict[str, Any]:

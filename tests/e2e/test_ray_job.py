@@ -20,8 +20,15 @@ SERVE = ("--", "python", "-m", "k2dist", "serve", "--config")
 
 
 @pytest.fixture(scope="module")
-def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deploy/job, with a wheel and configurations of small clusters in it."""
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DashboardRay]:
+    python = make_environment(tmp_path_factory.mktemp("environment") / "venv")
+    with DashboardRay(python, num_cpus=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def options(ray: DashboardRay, tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
+    """Of `ray job submit`: deploy/job, with a wheel, which is built while Ray starts, and small clusters."""
     made = tmp_path_factory.mktemp("wheel")
     directory = made / "job"
     shutil.copytree(ROOT / "deploy/job", directory, ignore=shutil.ignore_patterns("*.whl"))
@@ -34,63 +41,66 @@ def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["service"] = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
     config["deadlines"] = {"start_s": 90, "drain_s": 5, "stop_s": 5}
     (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
-    (directory / "large.yaml").write_text(yaml.safe_dump(config | {"ranks": {"rank_cpus": 3}}))
-    return directory
+    (directory / "large.yaml").write_text(
+        yaml.safe_dump(config | {"name": "large", "ranks": {"rank_cpus": 3}})
+    )
+    ray.await_dashboard()
+    return ("--working-dir", directory, "--runtime-env", directory / "runtime_env.yaml")
 
 
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DashboardRay]:
-    python = make_environment(tmp_path_factory.mktemp("environment") / "venv")
-    with DashboardRay(python, num_cpus=2) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def wheel_options(working_dir: Path) -> tuple[str | Path, ...]:
-    return ("--working-dir", working_dir, "--runtime-env", working_dir / "runtime_env.yaml")
-
-
-def test_a_job_that_cannot_be_fails_with_the_reason(
-    ray: DashboardRay, wheel_options: tuple[str | Path, ...]
+def test_jobs_from_a_wheel_serve_or_fail_with_the_reason_and_stop_leaves_nothing(
+    ray: DashboardRay, options: tuple[str | Path, ...]
 ) -> None:
-    done = ray.job("submit", *wheel_options, *SERVE, "large.yaml", timeout_s=90)
-    assert done.returncode != 0
-    said = done.stdout + done.stderr
+    """Side by side: their environment is made once, and that, Ray's commands and imports take the time."""
+    with ray.job("submit", *options, *SERVE, "large.yaml") as cannot_be:
+        _submit(ray, "one", options)
+        line = await_line(lambda: ray.job_log("one"), "job serves ", 90)
+        said, _ = cannot_be.communicate(timeout=60)
+    assert cannot_be.returncode != 0
     assert "k2dist: error: the layout needs 1 ranks x 3 CPU = 3 CPU, and Ray has 2;" in said
-    assert ray.living_actors("Supervisor") == []
 
-
-def test_a_job_serves_and_stop_leaves_nothing(
-    ray: DashboardRay, wheel_options: tuple[str | Path, ...]
-) -> None:
-    """Also after an earlier driver and its supervisor died together, as with their machine: a rank then holds
-    every CPU, and nobody is left to end it but the next cluster of that name."""
-    orphan = _leave_an_orphan(ray, wheel_options)
-    _submit(ray, "two", wheel_options)
-    line = await_line(lambda: ray.job_log("two"), "job serves ", 60)
-    log = ray.job_log("two")
+    log = ray.job_log("one")
     for stage in ("joining the Ray at", "ranks start, load their shards", "rank 0 has loaded and tested"):
         assert stage in log
     assert f"{ROOT}/" not in log, "it ran from the checkout"
     (http,) = re.findall(r"http://\S+", line)
     with urllib.request.urlopen(f"{http}/health", timeout=10) as health:
         assert health.status == 200
+    assert len(ray.living_actors("RankActor")) == len(ray.living_actors("Supervisor")) == 1
+    assert len(ray.placement_groups()) == 1
+    _stop(ray, "one")
+
+
+@pytest.mark.slow  # two starts more
+def test_a_job_clears_up_what_an_earlier_one_of_its_name_left(
+    ray: DashboardRay, options: tuple[str | Path, ...]
+) -> None:
+    """Driver and supervisor died together, as with their machine: a rank then holds every CPU, and nobody is
+    left to end it but the next cluster of that name."""
+    orphan = _leave_an_orphan(ray, options)
+    _submit(ray, "three", options)
+    await_line(lambda: ray.job_log("three"), "job serves ", 60)
     (rank,) = ray.living_actors("RankActor")
     assert rank["pid"] != orphan
-    assert len(ray.placement_groups()) == 1
+    _stop(ray, "three")
 
-    assert ray.job("stop", "two").returncode == 0
-    await_that(lambda: ray.living_actors() == [], "an actor lives on", 30)
+
+def _stop(ray: DashboardRay, submission_id: str) -> None:
+    """As a user does; nothing stays."""
+    with ray.job("stop", submission_id) as stopping:
+        await_that(lambda: ray.living_actors() == [], "an actor lives on", 30)
+        said, _ = stopping.communicate(timeout=60)
+    assert stopping.returncode == 0, said
     await_that(lambda: ray.placement_groups() == [], "a placement group lives on")
-    assert ray.job_info("two")["status"] == "STOPPED"
+    assert ray.job_info(submission_id)["status"] == "STOPPED"
 
 
-def _leave_an_orphan(ray: DashboardRay, wheel_options: tuple[str | Path, ...]) -> int:
+def _leave_an_orphan(ray: DashboardRay, options: tuple[str | Path, ...]) -> int:
     """A rank without driver and supervisor; its pid."""
-    _submit(ray, "one", wheel_options)
+    _submit(ray, "two", options)
     await_that(lambda: [one["state"] for one in ray.living_actors("RankActor")] == ["ALIVE"], "no rank", 60)
     (supervisor,) = ray.living_actors("Supervisor")
-    for pid in (int(ray.job_info("one")["driver_info"]["pid"]), supervisor["pid"]):
+    for pid in (int(ray.job_info("two")["driver_info"]["pid"]), supervisor["pid"]):
         os.kill(pid, signal.SIGKILL)
     await_that(lambda: ray.living_actors("Supervisor") == [], "the supervisor lives on")
     (rank,) = ray.living_actors("RankActor")
@@ -98,7 +108,8 @@ def _leave_an_orphan(ray: DashboardRay, wheel_options: tuple[str | Path, ...]) -
     return pid
 
 
-def _submit(ray: DashboardRay, submission_id: str, wheel_options: tuple[str | Path, ...]) -> None:
-    options = ("--no-wait", "--submission-id", submission_id, *wheel_options)
-    submitted = ray.job("submit", *options, *SERVE, "cluster.yaml")
-    assert submitted.returncode == 0, submitted.stderr
+def _submit(ray: DashboardRay, submission_id: str, options: tuple[str | Path, ...]) -> None:
+    asked = ("--no-wait", "--submission-id", submission_id, *options)
+    with ray.job("submit", *asked, *SERVE, "cluster.yaml") as submitting:
+        said, _ = submitting.communicate(timeout=60)
+    assert submitting.returncode == 0, said
