@@ -29,7 +29,7 @@ _OPTIONS = {
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
 _SINGLES = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains")
 
 
@@ -83,19 +83,20 @@ def _parts(schema: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
     if depth == 0:
         raise UnfitError(f"nested deeper than {MAX_NESTING}")
     yield schema
-    for inner in _inner(schema):
-        if isinstance(inner, dict):
-            yield from _parts(inner, depth - 1)
+    for keyword, value in schema.items():
+        for _, inner in inner_schemas(keyword, value):
+            if isinstance(inner, dict):
+                yield from _parts(inner, depth - 1)
 
 
-def _inner(schema: dict[str, Any]) -> Iterator[Any]:
-    for key, value in schema.items():
-        if key in _MAPS and isinstance(value, dict):
-            yield from value.values()
-        elif (key in _LISTS or key == "items") and isinstance(value, list):
-            yield from value
-        elif key in _SINGLES:
-            yield value
+def inner_schemas(keyword: str, value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What stands where a schema has to, in a keyword's value, and its place there."""
+    if keyword in _MAPS and isinstance(value, dict):
+        yield from (((name,), inner) for name, inner in value.items())
+    elif keyword in _LISTS and isinstance(value, list):
+        yield from (((index,), inner) for index, inner in enumerate(value))
+    elif keyword in _SINGLES:
+        yield (), value
 
 
 def _ease_(schema: dict[str, Any]) -> None:
