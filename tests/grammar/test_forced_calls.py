@@ -60,7 +60,7 @@ async def streamed_call(
 
 async def whole_call(server: Server, tool: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     body = {
-        "model": "noise",
+        "model": "",
         "messages": [{"role": "user", "content": USER.content}],
         "tools": [tool],
         "tool_choice": {"type": "function", "function": {"name": "f"}},
