@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from k2dist.errors import UsageError
-from k2dist.grammar import Grammars, Mask
+from k2dist.grammar import Grammars, Mask, mask_threads
 from k2dist.messages import CallableTool, Constraint, JsonObject, JsonSchema, Message, Regex, ToolCalls
 from k2dist.text.tokenizer import (
     K2_SPECIALS,
@@ -32,8 +32,7 @@ from k2dist.text.tokenizer import (
 STEP_MS = 25.0  # a decode step of K2 on GPUs, of which the masks should be a small part
 NUM_OUTPUTS = 32
 NUM_STEPS = 500
-# On two cores a second one only gets in the way.
-NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+NUM_THREADS = mask_threads(os.cpu_count() or 1)
 _K2_VOCABULARY = 163_584
 
 

@@ -44,7 +44,7 @@ from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.spec import RankSpec
 from k2dist.engine.steps import Step, Steps
-from k2dist.grammar import Grammars
+from k2dist.grammar import Grammars, mask_threads
 from k2dist.ids import Generation
 from k2dist.messages import GroupStats, Message, RankStats, StepPlan
 from k2dist.model.latent_cache import LatentCache
@@ -52,9 +52,6 @@ from k2dist.parallel import expert_homes, shard_plan
 from k2dist.parallel.fingerprint import Fingerprint
 from k2dist.scheduler import PrefillCadence, Scheduler
 from k2dist.text import Tokenizer, end_token_ids
-
-# Of those that torch has: masks are made while a device computes, and 32 take less than a millisecond.
-MASK_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ class RankRuntime:
         self._doorbell = Doorbell()
         tokenizer = Tokenizer.load(Path(spec.model_dir))
         self._end_token_ids = end_token_ids(tokenizer, self._architecture.eos_token_ids)
-        num_threads = min(torch.get_num_threads(), MASK_THREADS)
+        num_threads = mask_threads(torch.get_num_threads())
         grammars = Grammars(tokenizer, self._end_token_ids, num_threads=num_threads)
         self._masks = Masks(grammars, self._architecture.vocab_size)
         self.port = self._open_port(tokenizer, grammars)

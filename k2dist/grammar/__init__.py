@@ -14,7 +14,7 @@ How it meets the rest of sampling:
   `max_tokens` it says LENGTH.
 """
 
-from k2dist.grammar.grammars import Grammars, GrammarState, Mask
+from k2dist.grammar.grammars import Grammars, GrammarState, Mask, mask_threads
 from k2dist.grammar.tools import answer_constraint
 from k2dist.grammar.write import MAX_SCHEMA_BYTES, MAX_TOOLS, mask_bytes
 
@@ -26,4 +26,5 @@ __all__ = [
     "Mask",
     "answer_constraint",
     "mask_bytes",
+    "mask_threads",
 ]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import llguidance
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from k2dist.errors import RequestError
+from k2dist.grammar.blame import keyword_at_fault
 from k2dist.grammar.schema import UnfitError
 from k2dist.grammar.write import mask_bytes, write_grammar
-from k2dist.messages import Constraint, Lark, ToolCalls
+from k2dist.messages import CallableTool, Constraint, JsonSchema, Lark, ToolCalls
 from k2dist.text.tokenizer import PATTERN, Tokenizer
 
 # llguidance's defaults but for the lexer's states (1-2 kB each, for as long as the grammar is kept) and the
@@ -27,12 +30,21 @@ _LISTING = re.compile(r"\n +\d+ \| ")  # after the message come lines of a gramm
 _PLACE = re.compile(r"^at [0-9]+\([0-9]+\): (failed to compile JSON schema: )?")
 
 # A slice's tokens, those that match it whole, are let through together where all of them may come; others are
-# looked up one by one. llguidance's own are for the insides of JSON strings. With the two for words, masks
-# inside a regex cost a third (0.24 ms to 0.07 with K2's vocabulary), and those of 32 outputs a quarter less.
+# looked up one by one. llguidance's own are for the insides of JSON strings. With those for words, masks in a
+# regex cost less than half with K2's vocabulary (0.21 ms to 0.09). A slice of bounded length also fits into a
+# bounded repetition, as of `^/[a-z0-9_./]{1,80}$`: 0.23 ms to 0.11. More of them, as for capitals, cost more
+# than they save.
 _SPACE, *_STRINGS = llguidance.LLTokenizer.json_slices()
-_SLICES = [_SPACE, "[a-z]+", " [a-z]+", *_STRINGS]
+_SLICES = [_SPACE, "[a-z]{1,10}", "[a-z]+", " [a-z]{1,10}", " [a-z]+", *_STRINGS]
+
+_MAX_THREADS = 4  # 32 masks take one of them less than a millisecond, and a step hides many
 
 Mask = NDArray[np.uint8]
+
+
+def mask_threads(num_cores: int) -> int:
+    """How many threads make masks on so many cores: half of them, for the others plan, sample and serve."""
+    return max(1, min(_MAX_THREADS, num_cores // 2))
 
 
 class GrammarState:
@@ -88,7 +100,7 @@ class GrammarState:
 class Grammars:
     """Constraints compiled for one tokenizer, the last used kept. Any thread may call.
 
-    Making one takes 2 s and 110 MB for K2's vocabulary. `num_threads`: that make masks, besides the caller's.
+    Making one takes 2 s and 110 MB for K2's vocabulary. `num_threads`: that make masks; the caller waits.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_token_ids: frozenset[int], *, num_threads: int = 1) -> None:
@@ -100,7 +112,7 @@ class Grammars:
         )
         self._kept: OrderedDict[Constraint, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
-        self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
+        self._executor = llguidance.LLExecutor(num_threads)
 
     @property
     def mask_bytes(self) -> int:
@@ -118,16 +130,15 @@ class Grammars:
         return state
 
     def masks_into(self, states: Sequence[GrammarState], masks: Mask) -> None:
-        """`mask_into` of each state and its row of `masks` [states, mask_bytes], by several threads."""
+        """`mask_into` of each state and its row of `masks` [states, mask_bytes], in one call of the library.
+
+        The interpreter lock is given up and taken again once and not once a state.
+        """
         assert masks.shape == (len(states), self.mask_bytes), f"{masks.shape} for {len(states)} states"
-        if self._executor is not None and len(states) > 1:
-            going_on = [(state.matcher, row) for row, state in enumerate(states) if state.goes_on]
-            self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
-            for state, mask in zip(states, masks, strict=True):
-                state.finish_mask(mask)
-        else:
-            for state, mask in zip(states, masks, strict=True):
-                state.mask_into(mask)
+        going_on = [(state.matcher, row) for row, state in enumerate(states) if state.goes_on]
+        self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
+        for state, mask in zip(states, masks, strict=True):
+            state.finish_mask(mask)
 
     def _compiled(self, constraint: Constraint) -> llguidance.LLMatcher:
         """At its start. Two threads may compile the same one at the same time; the first is kept."""
@@ -149,20 +160,36 @@ class Grammars:
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         matcher = self._matcher(write_grammar(constraint, self._tokenizer.special_id))
         fault = _fault(matcher)
-        if fault and isinstance(constraint, ToolCalls):
-            fault = self._tool_at_fault(constraint) or fault
         if fault:
-            raise UnfitError(fault if isinstance(constraint, Lark) else _PLACE.sub("", fault))
+            raise UnfitError(self._explained(constraint, fault))
         return matcher
 
-    def _tool_at_fault(self, calls: ToolCalls) -> str:
-        """Which tool cannot be enforced by itself, and why; or empty."""
-        for tool in calls.tools:
-            alone = ToolCalls(tools=(tool,), is_required=True)
-            fault = _fault(self._matcher(write_grammar(alone, self._tokenizer.special_id)))
-            if fault:
-                return f"{tool.name}: parameters: {_PLACE.sub('', fault)}; or declare it with strict: false"
-        return ""
+    def _fault(self, constraint: Constraint) -> str:
+        try:
+            return _fault(self._matcher(write_grammar(constraint, self._tokenizer.special_id)))
+        except UnfitError as error:
+            return str(error)
+
+    def _explained(self, constraint: Constraint, fault: str) -> str:
+        """`fault` and where it is, as far as that can be found out."""
+        match constraint:
+            case Lark():
+                return fault
+            case JsonSchema(schema=text):
+                return self._placed(text, fault, lambda text: JsonSchema(schema=text))
+            case ToolCalls(tools=tools, text=text_constraint):
+                for tool in tools:
+                    if own_fault := self._fault(_alone(tool)):
+                        place = f"{tool.name}: parameters"
+                        placed = self._placed(str(tool.parameters), own_fault, partial(_alone, tool))
+                        return f"{place}: {placed}; or declare it with strict: false"
+                return fault if text_constraint is None else self._explained(text_constraint, fault)
+            case _:
+                return _PLACE.sub("", fault)
+
+    def _placed(self, schema: str, fault: str, constrained: Callable[[str], Constraint]) -> str:
+        path = keyword_at_fault(schema, lambda text: bool(self._fault(constrained(text))))
+        return f"{path}: {_PLACE.sub('', fault)}" if path else _PLACE.sub("", fault)
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:
         return llguidance.LLMatcher(self._ll_tokenizer, grammar, log_level=0, limits=self._limits)
@@ -181,6 +208,11 @@ def _ll_tokenizer(tokenizer: Tokenizer, end_token_ids: frozenset[int]) -> llguid
         slices=_SLICES,
     )
     return made
+
+
+def _alone(tool: CallableTool, parameters: str | None = None) -> ToolCalls:
+    """Calls of one tool, with its own parameters or others."""
+    return ToolCalls(tools=(replace(tool, parameters=parameters or tool.parameters),), is_required=True)
 
 
 def _fault(matcher: llguidance.LLMatcher) -> str:

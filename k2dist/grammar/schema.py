@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 64
@@ -26,10 +26,15 @@ _OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
 }
+# llguidance lets through 29 February of every year, and a second 60 in every minute. Years that 4 divides and
+# not 100, or 400; a leap second, at the end of some days in UTC, is given up.
+_LEAP = "(?:..(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = f"^(?:.{{5}}(?:0[13-9]|1|02-[01]|02-2[0-8])|{_LEAP}-02-29)"
+_FORMATS = {"date": (_DATE,), "time": ("^.{6}[0-5]",), "date-time": (_DATE, "^.{17}[0-5]")}
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
 _SINGLES = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains")
 
 
@@ -49,9 +54,10 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
         raise UnfitError(f"a JSON {type(schema).__name__}; a schema is an object")
     if must_be_object:
         _make_object(schema)
-    for part in _parts(schema, MAX_NESTING):
+    for part in _parts(schema):
         _check_part(part)
         _ease_(part)
+        _tighten_(part)
     return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
 
 
@@ -78,24 +84,51 @@ def _make_object(schema: dict[str, Any]) -> None:
     schema["type"] = "object"
 
 
-def _parts(schema: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
-    """The schema and all schemas in it, in the order of their appearance."""
-    if depth == 0:
-        raise UnfitError(f"nested deeper than {MAX_NESTING}")
-    yield schema
-    for inner in _inner(schema):
-        if isinstance(inner, dict):
-            yield from _parts(inner, depth - 1)
+def _parts(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema and all schemas in it: where one has to stand, and wherever else a `$ref` points to.
+
+    A part may be changed before the next is asked for.
+    """
+    pending, seen = [(root, MAX_NESTING)], {id(root)}
+    while pending:
+        part, depth = pending.pop()
+        if depth == 0:
+            raise UnfitError(f"nested deeper than {MAX_NESTING}")
+        yield part
+        inner = [(each, depth - 1) for item in part.items() for _, each in inner_schemas(*item)]
+        inner.append((_referred(root, part.get("$ref")), MAX_NESTING))
+        for each, depth_left in inner:
+            if isinstance(each, dict) and id(each) not in seen:
+                seen.add(id(each))
+                pending.append((each, depth_left))
 
 
-def _inner(schema: dict[str, Any]) -> Iterator[Any]:
-    for key, value in schema.items():
-        if key in _MAPS and isinstance(value, dict):
-            yield from value.values()
-        elif (key in _LISTS or key == "items") and isinstance(value, list):
-            yield from value
-        elif key in _SINGLES:
-            yield value
+def _referred(root: dict[str, Any], ref: Any) -> Any:
+    """What a JSON pointer into the schema points to; None for a reference by name, of which llguidance knows
+    where it may stand. UnfitError: it points elsewhere, and what is there would not have been looked at."""
+    resource, _, pointer = ref.partition("#") if isinstance(ref, str) else ("", "", "")
+    if not pointer.startswith("/"):
+        return None
+    value: Any = root if resource in ("", root.get("$id")) else None
+    for name in unquote(pointer).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    if value is None:
+        raise UnfitError(f"$ref: {ref!r} points to nothing in the schema")
+    return value
+
+
+def inner_schemas(keyword: str, value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What stands where a schema has to, in a keyword's value, and its place there."""
+    if keyword in _MAPS and isinstance(value, dict):
+        yield from (((name,), inner) for name, inner in value.items())
+    elif keyword in _LISTS and isinstance(value, list):
+        yield from (((index,), inner) for index, inner in enumerate(value))
+    elif keyword in _SINGLES:
+        yield (), value
 
 
 def _ease_(schema: dict[str, Any]) -> None:
@@ -104,6 +137,13 @@ def _ease_(schema: dict[str, Any]) -> None:
         del schema["uniqueItems"]
     if isinstance(schema.get("$ref"), str):
         schema["$ref"] = quote(schema["$ref"], safe="#/%:?=&~$!'()*+,;@-._")
+
+
+def _tighten_(schema: dict[str, Any]) -> None:
+    """Add what llguidance does not keep to by itself."""
+    patterns, all_of = _FORMATS.get(str(schema.get("format")), ()), schema.get("allOf", [])
+    if patterns and isinstance(all_of, list):
+        schema["allOf"] = [*all_of, *({"pattern": pattern} for pattern in patterns)]
 
 
 def _check_part(schema: dict[str, Any]) -> None:

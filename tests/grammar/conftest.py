@@ -14,6 +14,7 @@ import pytest
 
 from k2dist.grammar import Grammars, GrammarState
 from k2dist.text.tokenizer import K2_SPECIALS, Tokenizer, end_token_ids, read_vocabulary
+from tests.grammar.noise_model import write_noise_model
 
 SCHEMAS_FILE = Path(__file__).with_name("schemas.jsonl")
 
@@ -64,6 +65,13 @@ def bytes_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def bytes_grammars(bytes_tokenizer: Tokenizer) -> Grammars:
     return Grammars(bytes_tokenizer, end_token_ids(bytes_tokenizer, None))
+
+
+@pytest.fixture(scope="session")
+def noise_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_dir = tmp_path_factory.mktemp("noise")
+    write_noise_model(model_dir, SCHEMAS_FILE.read_text())
+    return model_dir
 
 
 @pytest.fixture(scope="session")
