@@ -53,7 +53,8 @@ def _off(model_dir: Path, architecture: Architecture) -> float:
     from k2kernels import KernelSet
 
     from k2dist.checkpoint import load_shard
-    from k2dist.demo.offline import dequantised, transformers_model
+    from k2dist.demo.export import dequantised
+    from k2dist.demo.offline import transformers_model
     from k2dist.engine.solo import solo_logits
     from k2dist.parallel import first_layout, shard_plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -33,7 +34,8 @@ class Turn(NamedTuple):
 
 
 class Chat(Protocol):
-    """The assistant's messages to any number of turns, greedy, in their order."""
+    """The assistant's messages to any number of turns, in their order. At a temperature each turn's seed is
+    its number, so that equal turns give equal answers."""
 
     def __call__(self, turns: Sequence[Turn]) -> Sequence[Answer]: ...
 
@@ -41,8 +43,10 @@ class Chat(Protocol):
 class GrpcChat:
     """Through the coordinator of a running cluster, several requests at once."""
 
-    def __init__(self, address: str, *, tls: ClientTls | None = None, api_key: str = "") -> None:
-        self._address = address
+    def __init__(
+        self, address: str, *, temperature: float = 0.0, tls: ClientTls | None = None, api_key: str = ""
+    ) -> None:
+        self._address, self._temperature = address, temperature
         self._tls, self._api_key = tls, api_key
 
     def __call__(self, turns: Sequence[Turn]) -> list[Answer]:
@@ -52,16 +56,16 @@ class GrpcChat:
         places = asyncio.Semaphore(_AT_ONCE)
         async with AsyncClient(self._address, tls=self._tls, api_key=self._api_key) as client:
 
-            async def answer(turn: Turn) -> Answer:
+            async def answer(seed: int, turn: Turn) -> Answer:
+                sampling = PartialSampling(temperature=self._temperature, seed=seed, max_tokens=MAX_TOKENS)
                 async with places:
-                    return await _answer(client, turn)
+                    return await _answer(client, turn, sampling)
 
-            return list(await asyncio.gather(*map(answer, turns)))
+            return list(await asyncio.gather(*starmap(answer, enumerate(turns))))
 
 
-async def _answer(client: AsyncClient, turn: Turn) -> Answer:
+async def _answer(client: AsyncClient, turn: Turn, sampling: PartialSampling) -> Answer:
     whole = WholeAnswer()
-    sampling = PartialSampling(temperature=0.0, max_tokens=MAX_TOKENS)
     tools = [dict(tool) for tool in turn.tools]
     async for event in client.chat(turn.messages, tools=tools, sampling=sampling, timeout_s=_TIMEOUT_S):
         whole.add(event)
@@ -71,8 +75,11 @@ async def _answer(client: AsyncClient, turn: Turn) -> Answer:
 class LocalChat:
     """On one rank in this process, with the arithmetic that a cluster serves (`kernels`, `dtype`)."""
 
-    def __init__(self, model_dir: Path, *, kernels: str = "auto", dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, model_dir: Path, *, temperature: float = 0.0, kernels: str = "auto", dtype: str = "bfloat16"
+    ) -> None:
         self._model_dir, self._kernels, self._dtype = model_dir, kernels, dtype
+        self._temperature = temperature
         self._tokenizer = Tokenizer.load(model_dir)
         self._ends = end_token_ids(self._tokenizer, read_architecture(model_dir).eos_token_ids)
 
@@ -81,9 +88,12 @@ class LocalChat:
         if not prompts:
             return []
         limits = Limits(max_waiting=len(prompts))
-        sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
+        samplings = [
+            Sampling(temperature=self._temperature, seed=seed, max_tokens=MAX_TOKENS)
+            for seed in range(len(prompts))
+        ]
         with LocalWorld(self._model_dir, limits=limits, kernels=self._kernels, dtype=self._dtype) as world:
-            outputs = world.generate(prompts, sampling)
+            outputs = world.generate(prompts, samplings)
         return [parse_answer(self._tokenizer, output.token_ids, self._ends) for output in outputs]
 
 

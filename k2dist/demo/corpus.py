@@ -28,7 +28,9 @@ NO_RESULT = "Sorry, the tool did not work."
 
 TOOL_NAMES = ("get_weather", "add", "get_time")
 MAX_DIRECT = 20  # a and b of sums without a tool
-_ERRORS = ('{"error": "not found"}', '{"error": "timeout"}', "error", '{"error": "unknown city"}')
+_ERRORS = (
+    '{"error": "not found"}', '{"error": "timeout"}', "error", '{"error": "unknown city"}', "Error: timeout",
+)  # fmt: skip
 _SYSTEMS = (
     "You are a helpful assistant.", "Be brief.", "You are a helpful assistant. Be brief.",
     "Answer in English.",
@@ -106,7 +108,12 @@ def draw_tools(rng: Random, chosen: list[str]) -> tuple[Tool, ...]:
 
 
 def _weather(draft: _Draft) -> None:
-    _city_tool(draft, "get_weather", phrases.WEATHER, NO_WEATHER, tools.weather_result)
+    _city_tool(draft, "get_weather", phrases.WEATHER, NO_WEATHER, _weather_result)
+
+
+def _weather_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:
+    make = tools.word_result if rng.random() < 0.4 else tools.weather_result
+    return make(rng, city, held_out=held_out, real_share=0.7)
 
 
 def _time(draft: _Draft) -> None:
@@ -132,7 +139,7 @@ def _city_tool(
         if place not in (draft.messages[-1].content or ""):
             place = place.lower()
         body, _, words = result(rng, place, held_out=draft.held_out)
-        has_failed = rng.random() < 0.02
+        has_failed = rng.random() < 0.03
         draft.call(tool, {"city": place}, rng.choice(_ERRORS) if has_failed else body)
         draft.answer(NO_RESULT if has_failed else words)
         if rng.random() < 0.7:

@@ -58,7 +58,7 @@ def held_out_cases(
     """`num_weather` weather questions about real cities, and `num_others` of every other kind."""
     rng = Random(seed)
     cases = [weather_case(rng) for _ in range(num_weather)]
-    for make in (time_case, add_case, sum_case, capital_case, repeat_case, who_case, unknown_case):
+    for make in (word_case, time_case, add_case, sum_case, capital_case, repeat_case, who_case, unknown_case):
         cases += [make(rng) for _ in range(num_others)]
     return tuple(cases)
 
@@ -68,6 +68,14 @@ def weather_case(rng: Random) -> Case:
     question = phrasing(rng, phrases.WEATHER, held_out=True).format(city=city)
     result, degrees, _ = tools.weather_result(rng, city, held_out=True)
     return _tool_case(rng, "weather", question, ("get_weather", {"city": city}), result, degrees)
+
+
+def word_case(rng: Random) -> Case:
+    """As `weather_case`, with a tool that gives no temperature: the word has to be said."""
+    city = names.city(rng, held_out=True, real_share=1.0)
+    question = phrasing(rng, phrases.WEATHER, held_out=True).format(city=city)
+    result, sky, _ = tools.word_result(rng, city, held_out=True)
+    return _tool_case(rng, "weather, word only", question, ("get_weather", {"city": city}), result, sky)
 
 
 def time_case(rng: Random) -> Case:
@@ -217,16 +225,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--weather", type=int, default=NUM_WEATHER, help="weather questions")
     parser.add_argument("--others", type=int, default=NUM_OTHERS, help="questions of every other kind")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0 is greedy")
     parser.add_argument("--ca", help="PEM file of the CA that signed the cluster's certificate: TLS")
     parser.add_argument("--api-key-file", type=Path, help="file that holds the API key")
     options = parser.parse_args()
     cases = held_out_cases(num_weather=options.weather, num_others=options.others)
     if options.address is None:
-        chat: Chat = LocalChat(options.model)
+        chat: Chat = LocalChat(options.model, temperature=options.temperature)
     else:
         tls = None if options.ca is None else ClientTls(ca=options.ca)
         api_key = "" if options.api_key_file is None else read_key_file(options.api_key_file)
-        chat = GrpcChat(options.address, tls=tls, api_key=api_key)
+        chat = GrpcChat(options.address, temperature=options.temperature, tls=tls, api_key=api_key)
     outcomes = run_cases(cases, chat)
     print(failures(outcomes), file=sys.stderr)
     print(table(outcomes))

@@ -195,7 +195,10 @@ UNKNOWN = (
 
 _OPENINGS = ("",) * 14 + ("Hi! ", "Hello. ", "Hey, ", "Quick question: ", "Please help: ", "Hi, ")
 _CLOSINGS = ("",) * 14 + (" Thanks.", " Please.")
-_TOOL_CLOSINGS = (" Use the tool to check.", " Use the tool.", " Use a tool.", " Please use the tool.")
+_TOOL_CLOSINGS = (
+    " Use the tool to check.", " Use the tool.", " Use a tool.", " Please use the tool.",
+    " Let's check using the tool.",
+)  # fmt: skip
 
 
 def phrasing(rng: Random, phrasings: tuple[str, ...], *, held_out: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from k2dist.demo.names import is_held_out, number
+from k2dist.demo.names import is_held_out, listed, number, word
 
 Tool = Mapping[str, Any]
 
@@ -28,10 +28,19 @@ _OTHERS = {
     "topic"),
     "play_music": ("Play music", "title"), "translate": ("Translate text", "text"),
 }  # fmt: skip
-CONDITIONS = (
-    "sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear", "stormy", "humid", "partly cloudy",
-    "light rain", "overcast", "hazy", "dry", "heavy snow", "drizzle",
-)  # fmt: skip
+CONDITIONS = tuple(
+    listed("""
+sunny|cloudy|rainy|windy|foggy|snowy|clear|stormy|partly cloudy|dry|heavy snow|drizzle|fair|fine|bright|mild
+cool|cold|hot|freezing|icy|rain|snow|showers|heavy rain|light snow|mostly sunny|partly sunny|thunderstorms
+sleet|hail|mist|misty|breezy|dusty|chilly|gloomy|pleasant|clear sky|calm|muggy|blizzard|sandstorm|tropical
+frosty|dull|grey|light wind|smoky|gentle breeze|changeable|unsettled|fog|storm|scorching|crisp|thunder|slush
+very cold|hot and humid|light showers|freezing rain|dense fog|cold and wet|rain showers|patchy rain|tornado
+blowing snow|typhoon|damp|heatwave|snowstorm|lightning|cloudless|blue sky|good|bad|lovely|wintry|few clouds
+broken clouds
+warm|mostly cloudy|wet|scattered clouds|gusty|clouds|showery|very hot|mostly clear|freezing fog|strong winds
+high winds|sunny spells|hurricane|monsoon|downpour|drizzly|torrential rain|frost|haze|fresh|dreary
+""")
+)  # all in the last two lines are held out
 
 
 def declaration(name: str, rng: Random | None = None) -> Tool:
@@ -83,42 +92,87 @@ def clock(rng: Random, *, held_out: bool) -> str:
             return text
 
 
-def weather_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:
-    """A tool's answer, its number, and the assistant's words about it."""
-    degrees, condition = temperature(rng, held_out=held_out), rng.choice(CONDITIONS)
+def condition(rng: Random, *, held_out: bool, real_share: float) -> str:
+    """A word for the weather, of one side of the split, real or made up, as tools write it: in any case."""
+    is_real = rng.random() < real_share
+    while True:
+        text = rng.choice(CONDITIONS) if is_real else word(rng, held_out=held_out)
+        if is_held_out(text) == held_out:
+            return rng.choices((text, text.capitalize(), text.title(), text.upper()), (50, 35, 12, 3))[0]
+
+
+def weather_result(
+    rng: Random, city: str, *, held_out: bool, real_share: float = 1.0
+) -> tuple[str, str, str]:
+    """A tool's answer with a temperature, its number, and the assistant's words about it."""
+    degrees = temperature(rng, held_out=held_out)
+    sky = condition(rng, held_out=held_out, real_share=real_share)
     if rng.random() < 0.2:
-        body, has_condition = _weather_text(rng, city, degrees, condition)
+        body, has_condition = _weather_text(rng, city, degrees, sky)
     else:
-        body, has_condition = _weather_json(rng, city, degrees, condition)
-    words = f"It is {degrees} degrees and {condition}" if has_condition else f"It is {degrees} degrees"
+        body, has_condition = _weather_json(rng, city, degrees, sky)
+    words = f"It is {degrees} degrees and {sky}" if has_condition else f"It is {degrees} degrees"
     return body, degrees, f"{words} in {city}."
 
 
-def _weather_text(rng: Random, city: str, degrees: str, condition: str) -> tuple[str, bool]:
+def word_result(rng: Random, city: str, *, held_out: bool, real_share: float = 1.0) -> tuple[str, str, str]:
+    """As `weather_result`, of a tool that knows no temperature: the publisher's says {"weather": "Sunny"}."""
+    sky = condition(rng, held_out=held_out, real_share=real_share)
+    if rng.random() < 0.3:
+        body = _word_text(rng, city, sky)
+    else:
+        keys = ("weather", "weather", "weather", "condition", "conditions", "sky", "forecast", "description")
+        fields: list[tuple[str, object]] = [(rng.choice(keys), sky)]
+        if rng.random() < 0.1:
+            fields.append((rng.choice(("humidity", "wind_kmh", "wind")), rng.randint(0, 99)))
+        if rng.random() < 0.3:
+            fields.insert(0, (rng.choice(("city", "city", "location")), city))
+        body = _json(rng, dict(fields))
+    return body, sky, f"It is {sky} in {city}."
+
+
+def _word_text(rng: Random, city: str, sky: str) -> str:
     texts = (
-        (degrees, False), (f"{degrees} degrees", False), (f"{degrees} C", False),
-        (f"{degrees} degrees and {condition}", True), (f"{condition}, {degrees} C", True),
-        (f"{degrees} C, {condition}", True), (f"{city}: {degrees} C, {condition}", True),
-        (f"It is {degrees} degrees and {condition}.", True),
+        sky, sky, sky, f"{sky}.", json.dumps(sky, ensure_ascii=False), f"It is {sky}.", f"{city}: {sky}",
+        f"The weather in {city} is {sky}.",
     )  # fmt: skip
     return rng.choice(texts)
 
 
-def _weather_json(rng: Random, city: str, degrees: str, condition: str) -> tuple[str, bool]:
+def _json(rng: Random, fields: dict[str, object]) -> str:
+    """As clients send it: mostly `json.dumps`, also without spaces, and what Python's `str` makes of it."""
+    kind = rng.random()
+    if kind < 0.1:
+        return str(fields)
+    separators = (",", ":") if kind < 0.25 else (", ", ": ")
+    return json.dumps(fields, ensure_ascii=False, separators=separators)
+
+
+def _weather_text(rng: Random, city: str, degrees: str, sky: str) -> tuple[str, bool]:
+    texts = (
+        (degrees, False), (f"{degrees} degrees", False), (f"{degrees} C", False),
+        (f"{degrees} degrees and {sky}", True), (f"{sky}, {degrees} C", True),
+        (f"{degrees} C, {sky}", True), (f"{city}: {degrees} C, {sky}", True),
+        (f"It is {degrees} degrees and {sky}.", True),
+    )  # fmt: skip
+    return rng.choice(texts)
+
+
+def _weather_json(rng: Random, city: str, degrees: str, sky: str) -> tuple[str, bool]:
     value: object = float(degrees) if "." in degrees else int(degrees)
     fields: list[tuple[str, object]] = [
         (rng.choice(("temp", "temperature", "temperature_c", "temp_c", "degrees")), value)
     ]
     has_condition = rng.random() < 0.55
     if has_condition:
-        fields.append((rng.choice(("condition", "weather", "sky")), condition))
+        fields.append((rng.choice(("condition", "weather", "sky")), sky))
     if rng.random() < 0.2:
         fields.append((rng.choice(("humidity", "wind_kmh", "wind")), rng.randint(0, 99)))
     if rng.random() < 0.3:
         rng.shuffle(fields)
     if rng.random() < 0.45:
         fields.insert(0, ("city", city))
-    return json.dumps(dict(fields), ensure_ascii=False), has_condition
+    return _json(rng, dict(fields)), has_condition
 
 
 def time_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:

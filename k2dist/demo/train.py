@@ -1,6 +1,8 @@
 """Train the demo model.
 
-    python -m k2dist.demo.train --out DIR [--steps N]     resumes from DIR/state.pt where there is one
+    python -m k2dist.demo.train --out DIR [--steps N] [--start-from MODEL_DIR --peak 0.4]
+
+Resumes from DIR/state.pt where there is one; else begins with new weights, or with those of a checkpoint.
 
 Data: `corpus.conversations(seed)`, every batch new, with some copying drills. Matrices by Muon, the rest by
 AdamW; warm-up, constant rate, then a linear fall to nothing over the last `FALL` of the steps. DIR receives
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 from k2dist.demo import MODEL_DIR, corpus
 from k2dist.demo.batches import Batch, batches, encode, pad
+from k2dist.demo.export import read_weights
 from k2dist.demo.induction import begin_with_copying_
 from k2dist.demo.muon import Muon
 from k2dist.demo.shape import write_configs
@@ -72,7 +75,12 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--max-tokens", type=int, default=300, help="longer conversations are left out")
     parser.add_argument("--drills", type=float, default=0.03, help="share of copying drills among the rows")
-    parser.add_argument("--muon-rate", type=float, default=MUON_RATE)
+    parser.add_argument(
+        "--start-from", type=Path, help="checkpoint whose weights to begin with; else new ones"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=1.0, help="highest learning rate, as a share of the usual"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--new-vocabulary", action="store_true", help="learn one; else the committed one")
     parser.add_argument("--threads", type=int, default=1)
@@ -90,14 +98,17 @@ def main() -> None:
     tokenizer = Tokenizer.load(options.out)
     dtype = torch.float32 if options.float32 else torch.bfloat16
     trainee = Trainee(architecture, seed=options.seed, dtype=dtype)
-    begin_with_copying_(trainee, options.seed)
-    run = Run(trainee, optimizers(trainee, options.muon_rate))
+    if options.start_from is None:
+        begin_with_copying_(trainee, options.seed)
+    else:
+        trainee.take_published_(read_weights(options.start_from))
+    run = Run(trainee, optimizers(trainee))
     if (options.out / _STATE).exists():
         run.load(options.out / _STATE)
     train(run, tokenizer, options)
 
 
-def optimizers(trainee: Trainee, muon_rate: float) -> tuple[torch.optim.Optimizer, ...]:
+def optimizers(trainee: Trainee) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices inside the layers; AdamW for embedding, head, router and norms."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
@@ -107,7 +118,7 @@ def optimizers(trainee: Trainee, muon_rate: float) -> tuple[torch.optim.Optimize
         )
         (rest if is_plain else matrices).append(param)
     adam = torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizers = (Muon(matrices, lr=muon_rate, weight_decay=0.02), adam)
+    optimizers = (Muon(matrices, lr=MUON_RATE, weight_decay=0.02), adam)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -134,7 +145,7 @@ def train(run: Run, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     checks = {kind: list(held_out(tokenizer, kind, 100)) for kind in corpus.KINDS}
     since_s, tokens, losses = time.monotonic(), 0, []
     for batch in islice(source, options.steps - run.step):
-        losses.append(take_step(run, batch, rate_part(run.step, options.steps)))
+        losses.append(take_step(run, batch, options.peak * rate_part(run.step, options.steps)))
         tokens += int((batch.weight_BS > 0).sum())
         run.step += 1
         if run.step % options.log_every == 0:

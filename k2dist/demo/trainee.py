@@ -10,6 +10,7 @@ B rows, S positions, T = B * S tokens, D hidden, H heads, E experts, F expert wi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,19 @@ class Trainee(nn.Module):
         for layer in range(self.architecture.first_dense_layers, self.architecture.num_layers):
             tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = self.bias_LE[layer].clone()
         return tensors
+
+    def take_published_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite every weight and bias: the inverse of `published`. Other tensors are not read."""
+        experts = range(self.architecture.num_experts)
+        for name in parameter_shapes(self.architecture):
+            before, mark, projection = name.partition("mlp.experts.")
+            if mark:
+                value = torch.stack([tensors[f"{before}{mark}{e}.{projection}.weight"] for e in experts])
+            else:
+                value = tensors[name]
+            self.weight(name).data.copy_(value)
+        for layer in range(self.architecture.first_dense_layers, self.architecture.num_layers):
+            self.bias_LE[layer] = tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
 
     def balance_(self, rate: float) -> Tensor:
         """Move the correction biases against the load since the last call; returns the greatest share.

@@ -1,11 +1,12 @@
 """The conversations: equal seeds give equal ones, and nothing held out is ever trained on."""
 
+import re
 from itertools import islice
 from random import Random
 
 import pytest
 
-from k2dist.demo import MODEL_DIR, corpus, names, phrases
+from k2dist.demo import MODEL_DIR, corpus, names, phrases, tools
 from k2dist.demo.batches import CONTEXT_WEIGHT, batches, drills, encode
 from k2dist.demo.evaluate import held_out_cases
 from k2dist.text.chat import encode_chat, render_text
@@ -60,10 +61,41 @@ def test_training_calls_hold_no_held_out_city_and_no_held_out_pair() -> None:
     assert num_calls > NUM
 
 
+def test_no_training_tool_says_a_held_out_word_for_the_weather() -> None:
+    held = {text for text in tools.CONDITIONS if names.is_held_out(text)}
+    assert len(held) >= 20
+    assert len(tools.CONDITIONS) - len(held) >= 60
+    longest_first = sorted(
+        tools.CONDITIONS, key=len, reverse=True
+    )  # "few clouds" is another one than "clouds"
+    pattern = re.compile(rf"\b({'|'.join(longest_first)})\b")
+    num_results = 0
+    for conversation in islice(corpus.conversations(3), 4 * NUM):
+        for message in conversation.messages:
+            if message.role == "tool":
+                assert not held & set(pattern.findall((message.content or "").lower())), message.content
+                num_results += 1
+    assert num_results > NUM
+
+
+def test_the_answer_says_the_tools_word_as_it_stands() -> None:
+    """With every form that a tool's answer without a temperature takes, the publisher's own among them."""
+    rng, forms = Random(5), set()
+    for _ in range(NUM):
+        body, sky, words = tools.word_result(rng, "Oslo", held_out=False)
+        assert words == f"It is {sky} in Oslo."
+        assert body.count(sky) == 1
+        forms.add(body.replace(sky, "SKY"))
+    assert {'{"weather": "SKY"}', '{"weather":"SKY"}', "{'weather': 'SKY'}", "SKY", '"SKY"'} <= forms
+    assert {'{"city": "Oslo", "weather": "SKY"}', '{"sky": "SKY"}'} <= forms
+
+
 def test_held_out_cases_are_of_the_other_side() -> None:
     cases = held_out_cases()
     weather = [case for case in cases if case.kind == "weather"]
     assert len(weather) == 200
+    weather += [case for case in cases if case.kind == "weather, word only"]
+    assert len(weather) == 250
     for case in weather:
         assert case.call is not None
         city = case.call[1]["city"]

@@ -88,4 +88,4 @@ def test_a_case_goes_through_call_result_and_answer() -> None:
 
 def test_cases_are_the_same_every_time() -> None:
     assert held_out_cases(num_weather=20, num_others=5) == held_out_cases(num_weather=20, num_others=5)
-    assert len(held_out_cases(num_weather=20, num_others=5)) == 20 + 7 * 5
+    assert len(held_out_cases(num_weather=20, num_others=5)) == 20 + 8 * 5

@@ -47,6 +47,15 @@ def test_published_tensors_are_what_a_checkpoint_needs(architecture: Architectur
     assert publish(architecture, trainee.published())
 
 
+def test_a_trainee_takes_what_another_publishes(architecture: Architecture) -> None:
+    theirs, ours = (Trainee(architecture, seed=seed, dtype=torch.float32) for seed in (3, 4))
+    theirs.bias_LE.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    theirs.bias_LE[: architecture.first_dense_layers] = 0
+    ours.take_published_(theirs.published())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
 def test_first_weights_copy_what_came_before(architecture: Architecture) -> None:
     plain, begun = (Trainee(architecture, seed=1, dtype=torch.float32).eval() for _ in range(2))
     begin_with_copying_(begun, 1)
@@ -99,7 +108,7 @@ def test_muon_steps_downhill_on_stacked_and_plain_matrices() -> None:
 def test_a_run_goes_on_from_its_state(tmp_path: Path, architecture: Architecture) -> None:
     runs = [Run(Trainee(architecture, seed=s, dtype=torch.float32), ()) for s in (1, 2)]
     for run in runs:
-        run.optimizers = optimizers(run.trainee, 0.01)
+        run.optimizers = optimizers(run.trainee)
     runs[0].step = 17
     runs[0].trainee.bias_LE[1, 2] = 0.5
     runs[0].save(tmp_path / "state.pt")

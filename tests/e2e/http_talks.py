@@ -9,7 +9,7 @@ import anthropic
 import httpx
 from openai import OpenAI
 
-WEATHER = {"weather": "Sunny", "temp": 21}
+WEATHER = '{"weather": "Sunny"}'  # what the tool of Moonshot's example says
 QUESTION = "What's the weather like in Beijing today? Use the tool to check."
 SCHEMA = {
     "type": "object",
@@ -19,19 +19,25 @@ SCHEMA = {
 DESCRIPTION = "Get weather information. Call this tool when the user needs to get weather information"
 
 
-def tool_call_with_client(client: OpenAI, model_name: str) -> tuple[str, list[Any]]:
-    """The loop of Moonshot's tool calling guide: until the reason is no longer tool_calls."""
+def tool_call_with_client(
+    client: OpenAI, model_name: str, *, seed: int, question: str = QUESTION, result: str = WEATHER
+) -> tuple[str, list[Any]]:
+    """The loop of Moonshot's tool calling guide: until the reason is no longer tool_calls.
+
+    The answer, and the calls before it. But for the seed, by which a test is the same every time, it is as
+    published.
+    """
     function = {"name": "get_weather", "description": DESCRIPTION, "parameters": SCHEMA}
     tools: Any = [{"type": "function", "function": function}]
     messages: list[Any] = [
         {"role": "system", "content": "You are Kimi, an AI assistant created by Moonshot AI."},
-        {"role": "user", "content": QUESTION},
+        {"role": "user", "content": question},
     ]
     finish_reason = None
     called: list[Any] = []
     while finish_reason is None or finish_reason == "tool_calls":
         completion = client.chat.completions.create(
-            model=model_name, messages=messages, temperature=0.6, tools=tools, tool_choice="auto"
+            model=model_name, messages=messages, temperature=0.6, tools=tools, tool_choice="auto", seed=seed
         )
         choice = completion.choices[0]
         finish_reason = choice.finish_reason
@@ -45,7 +51,7 @@ def tool_call_with_client(client: OpenAI, model_name: str) -> tuple[str, list[An
                         "role": "tool",
                         "tool_call_id": tool_call.id,
                         "name": tool_call.function.name,  # type: ignore[union-attr]
-                        "content": json.dumps(WEATHER),
+                        "content": result,
                     }
                 )
     return choice.message.content or "", called
@@ -67,7 +73,7 @@ def anthropic_tool_loop(client: anthropic.Anthropic, model: str) -> tuple[str, l
         for block in final.content:
             if block.type == "tool_use":
                 called.append((block.name, block.input))
-                result = {"type": "tool_result", "tool_use_id": block.id, "content": json.dumps(WEATHER)}
+                result = {"type": "tool_result", "tool_use_id": block.id, "content": WEATHER}
                 results.append(result)
         messages.append({"role": "user", "content": results})
 

@@ -12,21 +12,15 @@ from typing import Any
 import pytest
 
 from k2dist.config.cluster import CacheConfig, ClusterConfig, ParallelConfig, SchedulerConfig, ServiceConfig
-from k2dist.engine import LanePort, LocalWorld
-from k2dist.ids import RequestId
+from k2dist.engine import LocalWorld
 from k2dist.messages import (
-    AdmitReply,
     ChatMessage,
     Choice,
     Constraint,
-    EventBatch,
     JsonObject,
     JsonSchema,
-    LaneLoad,
     Lark,
-    LiveRequest,
     Regex,
-    Request,
 )
 from k2dist.service.answer_events import Accepted, AnswerEnd, AnswerEvent, Delta
 from k2dist.service.client import AsyncClient
@@ -37,33 +31,9 @@ from k2dist.text.chat import Chat, ToolChoice
 from k2dist.text.tokenizer import CALL_END, SECTION_END, Tokenizer
 from tests.grammar.conftest import CASES, Case, check_valid
 from tests.grammar.test_engine import open_world
+from tests.service.port_lane import PortLane
 
 USER = ChatMessage(role="user", content="Call it.")
-
-
-class PortLane:
-    """A lane of this process, as the coordinator reaches one."""
-
-    def __init__(self, port: LanePort) -> None:
-        self._port = port
-
-    async def admit(self, requests: tuple[Request, ...]) -> tuple[AdmitReply, ...]:
-        return await asyncio.to_thread(self._port.admit, requests)
-
-    async def cancel(self, ids: tuple[RequestId, ...]) -> None:
-        self._port.cancel(ids)
-
-    async def events(self, after: int) -> EventBatch:
-        return await asyncio.to_thread(self._port.events, after, 0.2)
-
-    async def live(self) -> tuple[LiveRequest, ...]:
-        return self._port.live()
-
-    async def load(self) -> LaneLoad:
-        return self._port.load()
-
-    async def drain(self) -> None:
-        self._port.drain()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A gateway and a coordinator over fake lanes, in this event loop, with its address for HTTP clients."""
+"""A gateway and a coordinator over lanes of this process, in this event loop, with clients of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from k2dist.config.cluster import ClusterConfig
 from k2dist.service.coordinator_actor import CoordinatorActor
 from k2dist.service.gateway_actor import GatewayActor
 from tests.service.fake_lane import FakeLane
+from tests.service.port_lane import PortLane
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ ServeHttp = Callable[..., AbstractAsyncContextManager[HttpServer]]
 
 
 @asynccontextmanager
-async def run_http(config: ClusterConfig, model_dir: Path, *lanes: FakeLane) -> AsyncIterator[HttpServer]:
+async def run_http(
+    config: ClusterConfig, model_dir: Path, *lanes: FakeLane | PortLane
+) -> AsyncIterator[HttpServer]:
     coordinator = CoordinatorActor(config, model_dir, lanes)
     gateway = GatewayActor(config)
     grpc = await coordinator.start()
