@@ -69,10 +69,11 @@ def _drain(address: str, timeout_s: float | None, access: Access, *, as_json: bo
 
     with Client(address, tls=access.tls, api_key=access.api_key) as client:
         answer = client.drain(timeout_s)
-    shown = {"drained": answer.is_drained, "live_outputs": answer.live_outputs}
-    state = "it is empty" if answer.is_drained else f"{answer.live_outputs} outputs still go on"
-    text = f"{address} takes no new requests, and {state}. `k2dist stop` ends it."
-    typer.echo(msgspec.json.encode(shown).decode() if as_json else text)
+    if as_json:
+        print_json({"drained": answer.is_drained, "live_outputs": answer.live_outputs})
+    else:
+        state = "it is empty" if answer.is_drained else f"{answer.live_outputs} outputs still go on"
+        typer.echo(f"{address} takes no new requests, and {state}. `k2dist stop` ends it.")
     if not answer.is_drained:
         raise typer.Exit(1)
 
