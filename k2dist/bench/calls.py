@@ -14,7 +14,8 @@ from typing import Any
 
 import ray
 
-from k2dist.bench.waits import Waits
+from k2dist.bench.percentiles import Percentiles
+from k2dist.bench.waits import in_ms
 from k2dist.ids import RequestId
 from k2dist.messages import Message, Request, Sampling
 
@@ -24,8 +25,8 @@ CALLS_PER_S = 20.0  # what a lane with an answer of 100 tokens at 30 ms each, 60
 class CallCost(Message, frozen=True, kw_only=True):
     """While all lanes decode."""
 
-    admit: Waits
-    cancel: Waits
+    admit_ms: Percentiles
+    cancel_ms: Percentiles
     step_ms: float  # without calls, the median of the windows
     step_ms_with_calls: float
     calls_per_s: float  # of each kind, in the windows with calls
@@ -35,7 +36,7 @@ class CallCost(Message, frozen=True, kw_only=True):
         return self.step_ms_with_calls / self.step_ms
 
 
-def call_waits(lane: Any, num_samples: int, note: Callable[[], None]) -> tuple[Waits, Waits]:
+def call_waits(lane: Any, num_samples: int, note: Callable[[], None]) -> tuple[Percentiles, Percentiles]:
     """`lane`: the actor of its first rank, which decodes meanwhile."""
     admits_s, cancels_s = [], []
     for number in range(num_samples):
@@ -48,7 +49,7 @@ def call_waits(lane: Any, num_samples: int, note: Callable[[], None]) -> tuple[W
         admits_s.append(admitted_s - began_s)
         note()
         time.sleep(1 / CALLS_PER_S)
-    return Waits.of(admits_s), Waits.of(cancels_s)
+    return in_ms(admits_s), in_ms(cancels_s)
 
 
 def step_cost(lane: Any, window_s: float, num_windows: int, note: Callable[[], None]) -> tuple[float, float]:

@@ -28,7 +28,6 @@ NUM_STREAMS = 256
 NUM_CORES = 2
 WINDOW_S = 4.0
 SETTLE_S = 1.5  # after a change of pace
-FLOORS = {"grpc": 5000.0, "sse": 2500.0}  # tokens/s that must be carried
 _FIRST_PACE = {"grpc": 2000.0, "sse": 1000.0}
 _MORE = 1.2  # each pace of a search in the one before
 _NUM_LOST = 2  # so many in a row that are not held end it: one may be something else's fault

@@ -93,15 +93,15 @@ async def _ask(
         first = await first_token(client, num_samples, note)
         async with decoding(client), decoding(client):
             await asyncio.sleep(SETTLE_S)
-            admit, cancel = await asyncio.to_thread(call_waits, lane, num_samples, note)
+            admit_ms, cancel_ms = await asyncio.to_thread(call_waits, lane, num_samples, note)
             without, with_calls = await asyncio.to_thread(step_cost, lane, window_s, _NUM_WINDOWS, note)
         prompt_len = 2 * world.config.scheduler.chunk_tokens
         following = await next_token(
             client, prompt_len=prompt_len, window_s=window_s, num_windows=_NUM_WINDOWS, note=note
         )
     calls = CallCost(
-        admit=admit,
-        cancel=cancel,
+        admit_ms=admit_ms,
+        cancel_ms=cancel_ms,
         step_ms=without,
         step_ms_with_calls=with_calls,
         calls_per_s=CALLS_PER_S,

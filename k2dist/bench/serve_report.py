@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from k2dist.bench.percentiles import Percentiles
 from k2dist.messages import Message
 
 
@@ -38,26 +39,6 @@ class Sample:
             self.first_s = now_s
         self.last_s = now_s
         self.num_events += 1
-
-
-class Percentiles(Message, frozen=True, kw_only=True):
-    """Of `count` values; zeros where there are none."""
-
-    count: int
-    mean: float = 0.0
-    p50: float = 0.0
-    p90: float = 0.0
-    p95: float = 0.0
-    p99: float = 0.0
-    max: float = 0.0
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Percentiles:
-        if not len(values):
-            return cls(count=0)
-        p50, p90, p95, p99 = (float(value) for value in np.percentile(values, (50, 90, 95, 99)))
-        mean, most = float(np.mean(values)), float(np.max(values))
-        return cls(count=len(values), mean=mean, p50=p50, p90=p90, p95=p95, p99=p99, max=most)
 
 
 class ServeReport(Message, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
+from k2dist.bench.percentiles import Percentiles
 from k2dist.messages import Message
 from k2dist.service.answer_events import Delta
 from k2dist.service.client import AsyncClient
@@ -20,39 +21,24 @@ SETTLE_S = 0.3  # by then every lane sleeps, or the request beside decodes
 _SHORT = tuple(range(1, 9))
 
 
-class Waits(Message, frozen=True, kw_only=True):
-    """Of `count` waits, in milliseconds."""
-
-    count: int
-    p50_ms: float
-    p95_ms: float
-    max_ms: float
-
-    @classmethod
-    def of(cls, waits_s: Sequence[float]) -> Waits:
-        assert waits_s, "nothing was waited for"
-        ordered = sorted(1e3 * wait_s for wait_s in waits_s)
-        return cls(
-            count=len(ordered),
-            p50_ms=ordered[len(ordered) // 2],
-            p95_ms=ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)],
-            max_ms=ordered[-1],
-        )
-
-
 class FirstToken(Message, frozen=True, kw_only=True):
     """From the request to its first token."""
 
-    after_idle: Waits
-    beside_a_decode: Waits
+    after_idle_ms: Percentiles
+    beside_a_decode_ms: Percentiles
 
 
 class NextToken(Message, frozen=True, kw_only=True):
     """Between two tokens of one that decodes. Prompts of `prompt_len` tokens come one after another."""
 
     prompt_len: int
-    alone: Waits
-    beside_prompts: Waits
+    alone_ms: Percentiles
+    beside_prompts_ms: Percentiles
+
+
+def in_ms(waits_s: Sequence[float]) -> Percentiles:
+    assert waits_s, "nothing was waited for"
+    return Percentiles.of([1e3 * wait_s for wait_s in waits_s])
 
 
 async def first_token(client: AsyncClient, num_samples: int, note: Callable[[], None]) -> FirstToken:
@@ -65,7 +51,7 @@ async def first_token(client: AsyncClient, num_samples: int, note: Callable[[], 
             await asyncio.sleep(SETTLE_S)
             beside_s.append(await _until_first(client, _SHORT))
         note()
-    return FirstToken(after_idle=Waits.of(idle_s), beside_a_decode=Waits.of(beside_s))
+    return FirstToken(after_idle_ms=in_ms(idle_s), beside_a_decode_ms=in_ms(beside_s))
 
 
 async def next_token(
@@ -88,7 +74,7 @@ async def next_token(
                 number += 1
             beside_s += gaps_s
         note()
-    return NextToken(prompt_len=prompt_len, alone=Waits.of(alone_s), beside_prompts=Waits.of(beside_s))
+    return NextToken(prompt_len=prompt_len, alone_ms=in_ms(alone_s), beside_prompts_ms=in_ms(beside_s))
 
 
 @asynccontextmanager

@@ -37,14 +37,14 @@ def _print(found: Latency, console: Console) -> None:
     idle, calls = found.idle, found.calls
     table = figures("ms", "p50", "p95", "worst", "count")
     for title, waits in (
-        ("first token, after idle", found.first_token.after_idle),
-        ("first token, beside a decode", found.first_token.beside_a_decode),
-        ("next token, alone", found.next_token.alone),
-        (f"next token, beside prompts of {found.next_token.prompt_len}", found.next_token.beside_prompts),
-        ("admit, while all lanes step", calls.admit),
-        ("cancel, while all lanes step", calls.cancel),
+        ("first token, after idle", found.first_token.after_idle_ms),
+        ("first token, beside a decode", found.first_token.beside_a_decode_ms),
+        ("next token, alone", found.next_token.alone_ms),
+        (f"next token, beside prompts of {found.next_token.prompt_len}", found.next_token.beside_prompts_ms),
+        ("admit, while all lanes step", calls.admit_ms),
+        ("cancel, while all lanes step", calls.cancel_ms),
     ):
-        times_ms = (waits.p50_ms, waits.p95_ms, waits.max_ms)
+        times_ms = (waits.p50, waits.p95, waits.max)
         table.add_row(title, *(f"{time_ms:.1f}" for time_ms in times_ms), str(waits.count))
     console.print(table)
     console.print(

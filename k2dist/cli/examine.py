@@ -8,7 +8,7 @@ from pathlib import Path
 from k2dist.cluster.world import World
 from k2dist.config import read_architecture
 from k2dist.config.cluster import listen_addresses
-from k2dist.doctor import ClusterFacts, Finding, Needs, diagnose, errors_of, needs_of, warnings_of
+from k2dist.doctor import ClusterFacts, Needs, diagnose, errors_of, needs_of, warnings_of
 from k2dist.doctor.facts import Port
 from k2dist.errors import CapacityError
 from k2dist.probe import Wanted, gather, gather_here
@@ -19,7 +19,8 @@ def examine(world: World, tell: Callable[[str], None], *, joins_ray: bool) -> No
 
     Errors: CapacityError with a line for each finding that is one.
     """
-    findings = findings_of(world, joins_ray=joins_ray, is_quick=True)
+    facts = gather_facts(world, joins_ray=joins_ray, is_quick=True)
+    findings = diagnose(facts, needs_of_world(world, joins_ray=joins_ray))
     for finding in warnings_of(findings):
         tell(f"warning: {finding}")
     errors = errors_of(findings)
@@ -28,14 +29,9 @@ def examine(world: World, tell: Callable[[str], None], *, joins_ray: bool) -> No
         raise CapacityError("\n".join(lines))
 
 
-def findings_of(world: World, *, joins_ray: bool, is_quick: bool) -> tuple[Finding, ...]:
-    """Of machines against what `world` needs. `is_quick`: no disk and no link is measured."""
-    facts = gather_facts(world, joins_ray=joins_ray, is_quick=is_quick)
-    return diagnose(facts, needs_of_world(world, joins_ray=joins_ray))
-
-
 def gather_facts(world: World | None, *, joins_ray: bool, is_quick: bool) -> ClusterFacts:
-    """With the Ray that was joined, or without; `world`: whose model and ports are looked at."""
+    """With the Ray that was joined, or without; `world`: whose model and ports are looked at. `is_quick`: no
+    disk and no link is measured."""
     wanted = Wanted()
     if world is not None:
         ports = tuple(

@@ -165,11 +165,10 @@ def _exchanged(report: RehearsalReport) -> Iterator[str]:
 
 def _rates(report: RehearsalReport) -> Iterator[str]:
     c = report.ceilings
-    float8 = f", float8 taken as {c.float8_flops_per_s / 1e12:,.3f}"
+    float8 = f", float8 taken as {c.e4m3_factor * c.bfloat16_tflop_s:,.3f}" if c.e4m3_factor != 1.0 else ""
     yield (
-        f"ceilings here: read {c.read_bytes_per_s / 1e9:,.1f} GB/s, "
-        f"copy {c.copy_bytes_per_s / 1e9:,.1f} GB/s, bfloat16 {c.bf16_flops_per_s / 1e12:,.3f} TFLOP/s"
-        f"{float8 if c.float8_flops_per_s != c.bf16_flops_per_s else ''}"
+        f"ceilings here: read {c.read_gb_s:,.1f} GB/s, copy {c.copy_gb_s:,.1f} GB/s, bfloat16 "
+        f"{c.bfloat16_tflop_s:,.3f} TFLOP/s{float8}"
     )
     yield (
         f"{report.world_size} such ranks, in compute alone: {report.decode_tokens_per_s:,.1f} tokens/s "

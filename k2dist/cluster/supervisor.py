@@ -35,6 +35,7 @@ from k2dist.ids import Generation, WorldRank
 from k2dist.messages import RankProgress, RankStats
 from k2dist.observe import Recoveries, WorldState
 from k2dist.observe.event_log import EventLog, set_up_logs
+from k2dist.supervision.advance import advance
 from k2dist.supervision.events import (
     Action,
     Beat,
@@ -60,7 +61,7 @@ from k2dist.supervision.events import (
     StopRequested,
     Tick,
 )
-from k2dist.supervision.table import Phase, RankState, advance, first_table
+from k2dist.supervision.table import Phase, RankState, first_table
 
 NAME = "supervisor"
 _PROGRESS_S = 0.25  # how often a loading rank is asked how far it is

@@ -3,7 +3,6 @@
 from k2dist.config.architecture import Architecture, Yarn
 from k2dist.config.model_config import read_architecture
 from k2dist.config.named import KIMI_K2, architecture_names, find_architecture
-from k2dist.config.published_config import published_config
 
 __all__ = [
     "KIMI_K2",
@@ -11,6 +10,5 @@ __all__ = [
     "Yarn",
     "architecture_names",
     "find_architecture",
-    "published_config",
     "read_architecture",
 ]

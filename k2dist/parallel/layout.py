@@ -51,9 +51,6 @@ class Layout(Message, frozen=True, kw_only=True):
     def place(self, world_rank: int) -> RankPlace:
         return self.ranks[world_rank]
 
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
     """Raise `LayoutError` unless this table can serve this model: all faults at once, with arithmetic."""
@@ -158,15 +155,3 @@ def _some(experts: Iterable[int]) -> str:
     listed = sorted(experts)
     shown = ", ".join(map(str, listed[:5]))
     return f"expert {shown}" if len(listed) <= 5 else f"expert {shown} and {len(listed) - 5} more"
-
-
-def _lines(layout: Layout) -> Iterator[str]:
-    yield f"{layout.world_size} ranks, {layout.num_lanes} lanes x tp {layout.tp}"
-    for rank in layout.ranks:
-        place = "experts only" if rank.lane is None else f"lane {rank.lane} tp rank {rank.tp_rank}"
-        yield f"  rank {rank.world_rank}: {place}; slots per moe layer {_slot_counts(rank)}"
-
-
-def _slot_counts(rank: RankPlace) -> str:
-    counts = sorted({len(experts) for experts in rank.experts})
-    return "0" if not counts else "-".join(map(str, counts[:1] + counts[1:][-1:]))

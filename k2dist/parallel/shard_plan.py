@@ -1,4 +1,4 @@
-"""Which bytes of a checkpoint one rank reads: pure, and printable before anything is loaded.
+"""Which bytes of a checkpoint one rank reads: pure, so that it is known before anything is loaded.
 
 Every published tensor is read, whole or one slice of it, or skipped with a reason:
 
@@ -101,9 +101,6 @@ class ShardPlan(Message, frozen=True, kw_only=True):
     def num_bytes(self) -> int:
         return sum(read.num_bytes for read in self.reads)
 
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
 
 def shard_plan(architecture: Architecture, layout: Layout, world_rank: int) -> ShardPlan:
     """What `world_rank` reads and skips. Raises `LayoutError` if the layout is not legal."""
@@ -192,21 +189,3 @@ def _cut(tensor: Published, tp_rank: int, tp: int) -> TensorRead:
 def _part(width: int, tp_rank: int, tp: int) -> tuple[int, int]:
     assert width % tp == 0, f"{width} / {tp}"
     return width // tp * tp_rank, width // tp * (tp_rank + 1)
-
-
-def _lines(plan: ShardPlan) -> Iterator[str]:
-    """A line per tensor read; what is skipped is counted by reason."""
-    yield f"rank {plan.world_rank} reads {len(plan.reads)} tensors, {plan.num_bytes:,} bytes"
-    for read in plan.reads:
-        yield f"  {read.name} {read.dtype} {list(read.shape)} {_range(read)} {read.num_bytes:,} bytes"
-    by_reason: dict[str, list[str]] = {}
-    for skip in plan.skips:
-        by_reason.setdefault(skip.reason, []).append(skip.name)
-    for reason, names in by_reason.items():
-        yield f"  skips {len(names)}, {reason}: {names[0]}" + (f" ... {names[-1]}" if len(names) > 1 else "")
-
-
-def _range(read: TensorRead) -> str:
-    if read.cut_shape == read.shape:
-        return "whole"
-    return f"rows {read.row_start}:{read.row_stop} columns {read.col_start}:{read.col_stop}"

@@ -17,17 +17,8 @@ class SimulatedLane:
     def __init__(self, config: ClusterConfig, site: Site, *, is_up: bool = True) -> None:
         self.is_up = is_up
         self.num_outputs = 0
-        limits = config.scheduler
         self.scheduler = Scheduler(
-            Limits(
-                step_tokens=limits.step_tokens,
-                chunk_tokens=limits.chunk_tokens,
-                prefill_every=limits.prefill_every,
-                max_running=limits.max_running,
-                max_waiting=limits.max_waiting,
-                ageing_s=limits.ageing_s,
-                reuse_generated=config.cache.reuse_generated,
-            ),
+            Limits.of(config),
             PagePool(config.cache.num_pages, config.cache.page_tokens),
             end_token_ids=frozenset(),
             token_bytes=_no_bytes,

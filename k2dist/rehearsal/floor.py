@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from k2kernels.bench.ceilings import Ceilings
+from k2kernels.cost import Cost
+
 from k2dist.config import Architecture
 from k2dist.planner.work import LaneWork, Part, Sort, Traffic, Work, expert_work, lane_work
-from k2dist.rehearsal.ceilings import Ceilings
 
 
 class Floor:
@@ -30,9 +32,10 @@ class Floor:
 
     def _longer_s(self, work: Work) -> float:
         """Of moving its bytes and doing its operations."""
-        c = self._ceilings
         if work.sort is Sort.MOVE:
-            return work.num_bytes / c.copy_bytes_per_s
-        is_float8 = work.sort in (Sort.FLOAT8, Sort.GROUPED)
-        flops_per_s = c.float8_flops_per_s if is_float8 else c.bf16_flops_per_s
-        return max(work.num_bytes / c.read_bytes_per_s, work.num_flops / flops_per_s)
+            return work.num_bytes / (self._ceilings.copy_gb_s * 1e9)
+        is_e4m3 = work.sort in (Sort.FLOAT8, Sort.GROUPED)
+        floor_s, _ = self._ceilings.floor_s(
+            Cost(round(work.num_bytes), round(work.num_flops)), is_e4m3=is_e4m3
+        )
+        return floor_s

@@ -8,6 +8,8 @@ from statistics import fmean, median
 
 import torch
 from k2kernels import KernelSet
+from k2kernels.bench.ceilings import Ceilings, measure_ceilings
+from k2kernels.bench.timing import Clock
 
 from k2dist.config import Architecture
 from k2dist.config.cluster import ClusterConfig
@@ -19,7 +21,6 @@ from k2dist.planner import Terms, configured_terms, form_named, plan_memory
 from k2dist.planner.fewer_layers import LayerFit, fewest_layers, first_layers, fit_of, most_layers
 from k2dist.planner.memory import arithmetic, gb
 from k2dist.planner.work import Part, Traffic
-from k2dist.rehearsal.ceilings import Ceilings, best_of, measure_ceilings
 from k2dist.rehearsal.floor import Floor
 from k2dist.rehearsal.load import Load
 from k2dist.rehearsal.memory import held_bytes, peak_of, usable_bytes
@@ -29,6 +30,7 @@ from k2dist.rehearsal.report import Exchanged, MemoryLine, PartTime, RehearsalRe
 
 WARM_STEPS = 2  # the first ones touch memory for the first time, and compile kernels where there are such
 
+_CEILING_S = 0.5  # for each measurement of one
 _MOE_PARTS = frozenset({Part.ROUTER, Part.DISPATCH, Part.EXPERTS, Part.COMBINE, Part.SHARED})
 _UNBOUNDED = frozenset({Part.HOST, Part.EMBEDDING})
 
@@ -136,7 +138,8 @@ def run(
     kernels = select_kernels(rehearsal.kernels, rehearsal.cluster.dtype, device)
     few, few_layout = first_layers(architecture, layout, fitted.num_layers)
     with torch.inference_mode():
-        before = measure_ceilings(device)
+        clock = Clock(device, _CEILING_S)
+        before = measure_ceilings(clock)
         note()
         rank = RehearsedRank(
             few,
@@ -149,7 +152,7 @@ def run(
             note=note,
         )
         steps = _take_steps(rank, rehearsal.load, device, note)
-        ceilings = best_of(before, measure_ceilings(device))
+        ceilings = before.best(measure_ceilings(clock))
         note()
     floor = Floor(few, layout.tp, kernels.return_dtype.itemsize, ceilings).parts_s(rank.work, steps.traffic)
     parts = tuple(_part_time(part, steps.median, floor[part], few, architecture) for part in Part)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from k2kernels.bench.ceilings import Ceilings
+
 from k2dist.messages import Message
 from k2dist.planner.work import Part
-from k2dist.rehearsal.ceilings import Ceilings
 from k2dist.rehearsal.load import Load
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from msgspec import structs
+
+from k2dist.config.cluster import ClusterConfig
 from k2dist.errors import ConfigError
 from k2dist.messages import Message
 
@@ -26,6 +29,11 @@ class Limits(Message, frozen=True, kw_only=True):
     # Let a prompt find pages that were generated: a next turn starts sooner, and its bits may differ from
     # those of a prompt that was computed as one.
     reuse_generated: bool = False
+
+    @classmethod
+    def of(cls, config: ClusterConfig) -> Limits:
+        """What a cluster's file says of each lane."""
+        return cls(**structs.asdict(config.scheduler), reuse_generated=config.cache.reuse_generated)
 
     def __post_init__(self) -> None:
         for name in ("step_tokens", "chunk_tokens", "max_running", "max_waiting", "prefill_every"):

@@ -11,6 +11,3 @@ class Cost:
 
     num_bytes: int
     num_flops: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.num_bytes + other.num_bytes, self.num_flops + other.num_flops)

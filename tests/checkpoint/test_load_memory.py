@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from k2dist.checkpoint import CheckpointFiles, random_tensors, safetensors_file, write_checkpoint
-from k2dist.config import Architecture, published_config
+from k2dist.config import Architecture
 from k2dist.parallel import first_layout, shard_plan
+from tests.published_config import published_config
 
 # In a process of its own, whose peak can be set back: the most there ever was, and the weights that stay.
 MEASURE = """

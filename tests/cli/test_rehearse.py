@@ -5,29 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from typer.testing import CliRunner
 
-from k2dist.cli.app import app
 from k2dist.errors import CapacityError, LayoutError, UsageError
 from k2dist.rehearsal import measure
+from tests.cli.said import said, said_as_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / "cluster_configs"
 DEMO = ("--model", str(Path(__file__).resolve().parents[2] / "k2dist/demo/model"))
+LAPTOP = ("rehearse", str(CONFIGS / "laptop.yaml"), *DEMO)
 SMALL = ("--decode", "2", "--context", "40", "--steps", "2")
 
 
-def say(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["rehearse", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def rehearsed(*arguments: str) -> Any:
-    return msgspec.json.decode(say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, *arguments, "--json"))
+    return said_as_json(*LAPTOP, *SMALL, *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +29,7 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parts_are_scaled_to_the_whole_model_and_add_up() -> None:
-    found: Any = msgspec.json.decode(
-        say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, "--layers", "2", "--kernels", "reference", "--json")
-    )
+    found = rehearsed("--layers", "2", "--kernels", "reference")
     assert (found["num_layers"], found["of_layers"]) == (2, 3)
     parts = {part["part"]: part for part in found["parts"]}
     for name, layers, of_layers in (
@@ -60,7 +49,7 @@ def test_parts_are_scaled_to_the_whole_model_and_add_up() -> None:
 
 
 def test_the_text_says_what_ran_and_what_is_not_in_it() -> None:
-    text = say(str(CONFIGS / "laptop.yaml"), *DEMO, *SMALL, "--rank", "3", "--prompt-tokens", "9")
+    text = said(*LAPTOP, *SMALL, "--rank", "3", "--prompt-tokens", "9")
     assert "rank 3 of 4 (lane 1, tp rank 1)" in text
     assert "layers ran" not in text, "all of them did"
     assert "in compute alone" in text
@@ -85,20 +74,20 @@ def test_the_text_says_what_ran_and_what_is_not_in_it() -> None:
 )
 def test_what_cannot_be_rehearsed_is_refused(arguments: tuple[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        say(str(CONFIGS / "laptop.yaml"), *DEMO, *arguments)
+        said(*LAPTOP, *arguments)
 
 
 def test_a_layout_that_is_not_legal_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("name: wrong\nparallel: {lanes: 1, tp: 3}\n")
     with pytest.raises(LayoutError, match="tp=3"):
-        say(str(config), *DEMO)
+        said("rehearse", str(config), *DEMO)
 
 
 def test_too_little_memory_is_refused_with_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "usable_bytes", lambda device: 10**9)
     with pytest.raises(CapacityError, match=r"with 2 layers.*experts .* GB.*1.00 GB are usable here"):
-        say(str(CONFIGS / "h200-2x8.yaml"), "--model", "kimi-k2-instruct")
+        said("rehearse", str(CONFIGS / "h200-2x8.yaml"), "--model", "kimi-k2-instruct")
 
 
 def test_as_many_layers_as_fit_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from typer.testing import CliRunner
 
@@ -28,4 +26,4 @@ def test_no_config_and_two_are_refused(arguments: list[str]) -> None:
 def test_help_speaks_of_both_once() -> None:
     help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     assert help_text.count("--config") == 1
-    assert Path("cluster_configs").name in help_text
+    assert "cluster_configs" in help_text

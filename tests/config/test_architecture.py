@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from k2dist.config import Architecture, Yarn, published_config, read_architecture
+from k2dist.config import Architecture, Yarn, read_architecture
 from k2dist.errors import CheckpointError, ConfigError
+from tests.published_config import published_config
 
 K2_DIR = Path(__file__).parent / "data" / "kimi-k2-instruct"  # the published files, k2_facts section 1.1
 K2: dict[str, Any] = json.loads((K2_DIR / "config.json").read_text())

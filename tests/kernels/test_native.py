@@ -23,7 +23,6 @@ except NoNativeKernelsError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 REFERENCE = KernelSet.reference()
-ODD = [1, 2, 3, 15, 16, 17, 31, 32, 33, 40]  # row counts round the sizes of tiles
 # Of a sum's magnitude. Products of e4m3 values are exact in float32; what differs is the order of additions
 # (at most 128 + k / 128 of them, each off by 2^-24 of a partial sum).
 SUM_ERROR = 3e-6

@@ -23,11 +23,12 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from k2dist.config import Architecture, published_config
+from k2dist.config import Architecture
 from k2dist.engine.plain_layer import PlainLayer
 from k2dist.model import decoder
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.yarn import inv_freq, rope_table
+from tests.published_config import published_config
 
 if TYPE_CHECKING:
     from tests.model.conftest import Rig, Tokens

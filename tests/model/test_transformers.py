@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from k2dist.checkpoint import dequantise_block_fp8
-from k2dist.config import Architecture, published_config
+from k2dist.config import Architecture
+from tests.published_config import published_config
 
 if TYPE_CHECKING:
     from tests.model.conftest import Rig

@@ -151,13 +151,6 @@ def test_all_faults_of_a_table_come_at_once(small: Architecture) -> None:
     assert "expert 2 on no rank" in text
 
 
-def test_a_layout_prints_its_table(small: Architecture) -> None:
-    text = str(first_layout(small, lanes=1, tp=2, expert_only_ranks=3))
-    assert text.splitlines()[0] == "5 ranks, 1 lanes x tp 2"
-    assert "rank 1: lane 0 tp rank 1; slots per moe layer 3" in text
-    assert "rank 4: experts only; slots per moe layer 2" in text
-
-
 def test_a_layout_crosses_processes_unchanged(small: Architecture) -> None:
     layout = first_layout(small, lanes=2, tp=2, expert_only_ranks=1)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=Layout) == layout

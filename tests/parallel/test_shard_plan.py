@@ -24,6 +24,7 @@ from k2dist.parallel import (
     published_tensors,
     shard_plan,
 )
+from k2dist.parallel.shard_plan import NO_LANE
 
 
 @st.composite
@@ -188,7 +189,7 @@ def test_a_rank_without_lane_reads_experts_alone(small: Architecture) -> None:
     plan = shard_plan(small, first_layout(small, lanes=1, tp=1, expert_only_ranks=1), 1)
     assert plan.reads
     assert all(".mlp.experts." in read.name for read in plan.reads)
-    assert "skips 67, this rank serves no lane: model.embed_tokens.weight ... lm_head.weight" in str(plan)
+    assert sum(skip.reason == NO_LANE for skip in plan.skips) == 67
 
 
 def test_an_unquantised_model_has_no_scales(small: Architecture) -> None:
@@ -204,15 +205,6 @@ def test_mtp_layers_are_skipped_by_name(small: Architecture) -> None:
         s for s in shard_plan(with_mtp, first_layout(with_mtp, lanes=1, tp=1), 0).skips if "*" in s.name
     ]
     assert (skip.name, skip.is_optional) == ("model.layers.3.*", True)
-
-
-def test_a_plan_prints_a_line_per_tensor_read(small: Architecture) -> None:
-    plan = shard_plan(small, first_layout(small, lanes=2, tp=2), 1)
-    lines = str(plan).splitlines()
-    assert lines[0] == f"rank 1 reads {len(plan.reads)} tensors, {plan.num_bytes:,} bytes"
-    assert "  lm_head.weight BF16 [512, 256] rows 256:512 columns 0:256 131,072 bytes" in lines
-    assert "  model.norm.weight BF16 [256] whole 512 bytes" in lines
-    assert sum(line.startswith("  skips") for line in lines) == 2
 
 
 def test_a_plan_crosses_processes_unchanged(small: Architecture) -> None:

@@ -22,7 +22,6 @@ def peers_of(
         top_k=architecture.top_k,
         lane_rows=lane_rows,
         skew=skew,
-        seed=5,
         device=CPU,
     )
 
@@ -36,7 +35,7 @@ def test_rows_come_from_ranks_of_lanes_and_from_others_only(tiny: Architecture) 
             assert all(count <= limit for count, limit in zip(layer.counts, most, strict=True))
             assert layer.slot_NK.shape == (sum(layer.counts), tiny.top_k)
             assert (layer.slot_NK >= 0).any(1).all(), "a row comes for at least one slot"
-            assert layer.slot_NK.max() < len(layout.place(rank).experts[0])
+            assert (layer.slot_NK < len(layout.place(rank).experts[0])).all()
 
 
 def test_all_ranks_together_receive_every_choice_once(tiny: Architecture) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from k2dist.config import Architecture, published_config
+from k2dist.config import Architecture
 from k2dist.config.cluster import CacheConfig, ClusterConfig, ParallelConfig, SchedulerConfig, ServiceConfig
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
 from k2dist.text.tokenizer import K2_SPECIALS, Tokenizer
+from tests.published_config import published_config
 from tests.service.fake_lane import FakeLane
 from tests.service.http_server import HttpServer, ServeHttp, run_http
 

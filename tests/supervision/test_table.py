@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from k2dist.config.cluster import DeadlinesConfig
 from k2dist.ids import Generation, WorldRank
+from k2dist.supervision.advance import advance
 from k2dist.supervision.events import (
     Action,
     Beat,
@@ -36,7 +37,7 @@ from k2dist.supervision.events import (
     StopRequested,
     Tick,
 )
-from k2dist.supervision.table import Phase, advance, first_table
+from k2dist.supervision.table import Phase, first_table
 
 DEADLINES = DeadlinesConfig(start_s=60, load_s=100, join_s=30, drain_s=20, stop_s=10, lease_s=5)
 FIRST = Generation(1)

@@ -28,6 +28,15 @@ class Ceilings:
         bytes_s, flops_s = cost.num_bytes / (self.read_gb_s * 1e9), cost.num_flops / (rate * 1e12)
         return (bytes_s, "bytes") if bytes_s >= flops_s else (flops_s, "flops")
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """Of two measurements: what something else on the machine took from one, the other may have had."""
+        return Ceilings(
+            max(self.read_gb_s, other.read_gb_s),
+            max(self.copy_gb_s, other.copy_gb_s),
+            max(self.bfloat16_tflop_s, other.bfloat16_tflop_s),
+            self.e4m3_factor,
+        )
+
 
 def measure_ceilings(clock: Clock) -> Ceilings:
     """The best of several ways to read, since the limit is wanted; the median time of each."""
