@@ -4,7 +4,7 @@
         for event in client.chat([ChatMessage(role="user", content="Hello")]):
             ...
 
-`AsyncClient` is the same for asyncio. `generate_lasting` reconnects and resumes, with no token lost or doubled.
+`AsyncClient` is the same for asyncio. `generate_lasting` reconnects and resumes: no token is lost or doubled.
 """
 
 from k2dist.errors import K2Error
