@@ -16,6 +16,7 @@ from k2dist.coordinator import ClusterFeed, Member, Membership
 from k2dist.errors import K2Error
 from k2dist.service.coordinator import Coordinator
 from k2dist.service.supervision import Supervision
+from k2dist.service.tasks import Tasks
 
 _AGAIN_S = 5.0  # after a supervisor that did not answer
 _log = logging.getLogger(__name__)
@@ -28,17 +29,15 @@ class ClusterWatch:
         self._coordinator = coordinator
         self.feed = ClusterFeed(Membership(lanes=tuple(coordinator.lanes)), first_revision=first_revision)
         self._changed = asyncio.Event()
-        self._following: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         coordinator.on_change = self._note_lanes
 
     def follow(self, supervision: Supervision) -> None:
         """Take in what the supervisor says, until `stop`."""
-        self._following = asyncio.get_running_loop().create_task(self._follow(supervision))
+        self._tasks.spawn(self._follow(supervision))
 
     async def stop(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._tasks.stop()
 
     async def changes(self, revision: int, every_s: float) -> AsyncGenerator[tuple[int, Membership | None]]:
         """Each change from `revision` on; where there is none for `every_s`, the last revision and None.

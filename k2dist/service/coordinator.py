@@ -14,9 +14,9 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from k2dist.coordinator import Account, Admission, RequestLog, choose
 from k2dist.errors import CapacityError, K2Error, PeerError, RequestError, UnavailableError
@@ -28,6 +28,7 @@ from k2dist.service.error_codes import AbortedError, UnknownRequestError, make_e
 from k2dist.service.lane import Lane
 from k2dist.service.owned_ids import outer_id
 from k2dist.service.submission import Reader, Submission
+from k2dist.service.tasks import Tasks
 
 N = TypeVar("N")
 _log = EventLog(logging.getLogger(__name__))
@@ -75,21 +76,18 @@ class Coordinator(Generic[N]):
         self._has_room = asyncio.Event()  # the dispatcher has something to look at
         self._is_idle = asyncio.Event()  # nothing queued, nothing under way
         self._is_idle.set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.is_draining = False
         self.on_change: Callable[[], None] = lambda: None  # lanes were lost, or it drains
 
     def start(self) -> None:
-        self._spawn(self._dispatch())
+        self._tasks.spawn(self._dispatch())
         for lane_id in self._lanes:
-            self._spawn(self._pump(lane_id), partial(self._lose, lane_id))
+            self._tasks.spawn(self._pump(lane_id), partial(self._lose, lane_id))
 
     async def stop(self) -> None:
         """End all work of this process; the lanes are left as they are."""
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those taken; false if some went on after `timeout_s`."""
@@ -198,7 +196,7 @@ class Coordinator(Generic[N]):
         if self._admission.withdraw(request_id):
             self._refuse(submission, AbortedError(f"{outer_id(request_id)}: its client left"))
         elif submission.lane is not None and request_id in self._log and not self._log.has_ended(request_id):
-            self._spawn(self._cancel(submission.lane, request_id))
+            self._tasks.spawn(self._cancel(submission.lane, request_id))
         # else it is on its way to a lane, and `_admit` looks again
 
     # -- requests to lanes -----------------------------------------------------------------------------
@@ -237,7 +235,7 @@ class Coordinator(Generic[N]):
             submission = self._submissions[request.request_id]
             self.book.send(request.request_id, lane_id, self._clock())
             admission = self._admit(lane_id, self._lanes[lane_id], submission)
-            self._spawn(admission, partial(self._refuse_sent, lane_id, submission))
+            self._tasks.spawn(admission, partial(self._refuse_sent, lane_id, submission))
         return bool(admitted.ready)
 
     async def _admit(self, lane_id: LaneId, lane: Lane, submission: Submission[N]) -> None:
@@ -347,22 +345,6 @@ class Coordinator(Generic[N]):
             request_id = self._ended.popleft()
             del self._submissions[request_id]
             self.book.forget(request_id)
-
-    def _spawn(
-        self, work: Coroutine[Any, Any, None], on_bug: Callable[[K2Error], None] | None = None
-    ) -> None:
-        """Run `work` by itself. What escapes from it is a bug; `on_bug` tells those who wait for it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(partial(self._note_done, on_bug))
-
-    def _note_done(self, on_bug: Callable[[K2Error], None] | None, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        _log.bug("coordinator.task_failed", error, task=str(task.get_coro()))
-        if on_bug is not None:
-            on_bug(K2Error(f"a bug in k2dist: {type(error).__name__}: {error}"))
 
 
 def _raise_refusal(reply: AdmitReply) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from k2dist.observe.event_log import EventLog
 from k2dist.service.state import StateWatch
+from k2dist.service.tasks import Tasks
 
 _LOOK_S = 1.0
 _log = EventLog(logging.getLogger(__name__))
@@ -26,15 +27,13 @@ class HealthKeeper:
         self._has_work = has_work
         self._tell = tell
         self._is_ready = True
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._keep())
+        self._tasks.spawn(self._keep())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._tasks.stop()
 
     async def _keep(self) -> None:
         while True:

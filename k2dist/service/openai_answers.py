@@ -6,8 +6,8 @@ request's events from wherever its outputs are to be read on, a stream's chunks,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from k2dist.errors import RequestError
 from k2dist.messages import TokenLogprob, Usage
@@ -21,12 +21,11 @@ from k2dist.service.answer_events import (
     PromptLogprobs,
     ToolCallDelta,
 )
+from k2dist.service.openai_logprobs import Echo, EchoLogprobs, Spelling, chat_logprobs, completion_logprobs
 from k2dist.service.openai_requests import OpenAIAsked
 from k2dist.service.request_ids import created_of
 from k2dist.service.sse import Frame, Place, Step
 from k2dist.service.whole_answer import WholeAnswer
-
-Spelling = Mapping[int, bytes]  # of the tokens that came with logprobs
 
 _FINISH = {
     AnswerEnd.STOP: "stop",
@@ -35,13 +34,6 @@ _FINISH = {
     AnswerEnd.TIMEOUT: "length",
     AnswerEnd.ABORTED: "stop",  # not met: whoever reads the events turns it into an error
 }
-
-
-class Echo(NamedTuple):
-    """A prompt to be shown before its answers; `first_token`: of which there is no logprob."""
-
-    text: str = ""
-    first_token: bytes = b""
 
 
 class OpenAIStream:
@@ -58,7 +50,7 @@ class OpenAIStream:
     ) -> None:
         self._asked = asked
         self._writer = _Writer(asked, request_id, spelling)
-        self._echoes = [_EchoLogprobs(asked, echo) for echo in echoes]
+        self._echoes = [EchoLogprobs(echo, is_scored=asked.shows_logprobs) for echo in echoes]
         self._waiting: list[tuple[int, AnswerEvent]] = []  # until the prompt's logprobs are there
         read_on = ((index, place) for index, place in (places or {}).items() if place.token > 0)
         self._offsets = {index: _read_offset(place.state) for index, place in read_on}
@@ -81,7 +73,7 @@ class OpenAIStream:
             for _, waited in ready:
                 yield from self._show(prompt_index, waited, echo)
 
-    def _show(self, prompt_index: int, event: AnswerEvent, echo: _EchoLogprobs | None) -> Iterator[Step]:
+    def _show(self, prompt_index: int, event: AnswerEvent, echo: EchoLogprobs | None) -> Iterator[Step]:
         first = prompt_index * self._asked.num_outputs
         match event:
             case Accepted():
@@ -98,7 +90,7 @@ class OpenAIStream:
             case PromptLogprobs() | Failed():
                 pass
 
-    def _opening(self, index: int, echo: _EchoLogprobs | None) -> list[Frame]:
+    def _opening(self, index: int, echo: EchoLogprobs | None) -> list[Frame]:
         if self._asked.is_chat:
             return [self._writer.chunk(index, {"role": "assistant", "content": ""})]
         if echo is None:
@@ -132,7 +124,7 @@ class OpenAIWhole:
     ) -> None:
         self._asked = asked
         self._writer = _Writer(asked, request_id, spelling)
-        self._echoes = [_EchoLogprobs(asked, echo) for echo in echoes]
+        self._echoes = [EchoLogprobs(echo, is_scored=asked.shows_logprobs) for echo in echoes]
         self._answers = [WholeAnswer(index % asked.num_outputs) for index in range(asked.num_choices)]
         self._usages = _Usages(asked)
 
@@ -228,11 +220,8 @@ class _Writer:
     def logprobs(self, logprobs: Sequence[TokenLogprob], offset: int) -> tuple[dict[str, Any], int]:
         """The API's form; for completions also the place in the text after the last of these tokens."""
         if self._asked.is_chat:
-            return {
-                "content": [_chat_logprob(entry, self.spelling) for entry in logprobs],
-                "refusal": None,
-            }, 0
-        return _completion_logprobs(logprobs, self.spelling, offset)
+            return chat_logprobs(logprobs, self.spelling), 0
+        return completion_logprobs(logprobs, self.spelling, offset)
 
     def _head_of_chunk(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._asked.is_chat else "text_completion"
@@ -274,35 +263,6 @@ class _Usages:
         )
 
 
-class _EchoLogprobs:
-    """A prompt's text, and the logprobs of its tokens as they come."""
-
-    def __init__(self, asked: OpenAIAsked, echo: Echo) -> None:
-        self.text = echo.text
-        self._first_token = echo.first_token
-        self._is_scored = asked.shows_logprobs
-        self._num_missing = 0
-        self._logprobs: list[TokenLogprob] = []
-
-    @property
-    def is_whole(self) -> bool:
-        return self._num_missing <= 0
-
-    def add(self, event: AnswerEvent) -> None:
-        if isinstance(event, Accepted) and self._is_scored:
-            self._num_missing = event.prompt_tokens - 1
-        elif isinstance(event, PromptLogprobs):
-            self._logprobs += event.logprobs
-            self._num_missing -= len(event.logprobs)
-
-    def form(self, spelling: Spelling) -> dict[str, Any]:
-        """With the prompt's first token, of which nothing is known."""
-        offset = _num_characters(self._first_token)
-        form, _ = _completion_logprobs(self._logprobs, spelling, offset)
-        first = {"tokens": _shown(self._first_token), "token_logprobs": None, "top_logprobs": None}
-        return {name: [first.get(name, 0), *entries] for name, entries in form.items()}
-
-
 def _read_offset(state: str) -> int:
     if state and not (state.isascii() and state.isdigit()):
         raise RequestError("Last-Event-ID", "not an id that this server gave")
@@ -329,42 +289,3 @@ def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name or ""} | function,
     }
-
-
-def _chat_logprob(entry: TokenLogprob, spelling: Spelling) -> dict[str, Any]:
-    top = [_chat_token(token_id, logprob, spelling) for token_id, logprob in entry.top]
-    return _chat_token(entry.token_id, entry.logprob, spelling) | {"top_logprobs": top}
-
-
-def _chat_token(token_id: int, logprob: float, spelling: Spelling) -> dict[str, Any]:
-    raw = spelling[token_id]
-    return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
-
-
-def _completion_logprobs(
-    logprobs: Iterable[TokenLogprob], spelling: Spelling, offset: int
-) -> tuple[dict[str, Any], int]:
-    """Four lists, one entry a token; the sampled token is among the likeliest, as OpenAI has it."""
-    form: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for entry in logprobs:
-        raw = spelling[entry.token_id]
-        top = {_shown(spelling[token_id]): logprob for token_id, logprob in entry.top}
-        form["tokens"].append(_shown(raw))
-        form["token_logprobs"].append(entry.logprob)
-        form["top_logprobs"].append({_shown(raw): entry.logprob} | top)
-        form["text_offset"].append(offset)
-        offset += _num_characters(raw)
-    return form, offset
-
-
-def _shown(raw: bytes) -> str:
-    """A token as OpenAI's completions spell one that is no whole characters: bytes:\\xe3\\x81."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _num_characters(raw: bytes) -> int:
-    """Characters that begin in these bytes."""
-    return sum(byte & 0xC0 != 0x80 for byte in raw)

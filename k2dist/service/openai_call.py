@@ -11,7 +11,8 @@ from k2dist.service.client_request import ClientRequest, Position
 from k2dist.service.http_errors import ErrorReply, openai_error, rename_field
 from k2dist.service.http_exchange import Events
 from k2dist.service.http_metrics import AnswerClock
-from k2dist.service.openai_answers import Echo, OpenAIStream, OpenAIWhole
+from k2dist.service.openai_answers import OpenAIStream, OpenAIWhole
+from k2dist.service.openai_logprobs import Echo
 from k2dist.service.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, OpenAIAsked
 from k2dist.service.sse import DONE, Frame, Numbering, Place
 

@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from k2dist.service.anthropic_requests import read_messages_body
 from k2dist.text.tokenizer import Tokenizer
 from tests.service.fake_lane import FakeLane
 from tests.service.http_clients import HELLO, join_anthropic, post_stream, two_calls
@@ -240,6 +241,13 @@ async def test_every_response_says_its_request_id(serve_http: ServeHttp, tokeniz
         assert refused.headers["request-id"].startswith("req_")
         (served,) = (await server.anthropic.models.list()).data
         assert (served.type, served.id, served.display_name) == ("model", "tiny", "tiny")
+
+
+@pytest.mark.parametrize(("asked", "used"), [(1.0, 0.6), (0.5, 0.3), (0.0, 0.0), (None, None)])
+def test_the_temperature_is_scaled(asked: float | None, used: float | None) -> None:
+    """Left out, it is the model's own, as for other clients."""
+    sampling = read_messages_body(BODY | {"temperature": asked}, "msg_x").request.sampling
+    assert sampling.temperature == pytest.approx(used)
 
 
 async def test_what_cannot_be_done_is_refused_in_its_form(

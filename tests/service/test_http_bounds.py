@@ -6,7 +6,7 @@ import asyncio
 import json
 import string
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import httpx
@@ -179,3 +179,22 @@ async def test_a_port_in_use_is_one_clear_line(serve_http: ServeHttp, tokenizer:
         address = server.url.removeprefix("http://")
         with pytest.raises(CapacityError, match=rf"service\.http: cannot listen on {address}"):
             HttpServer(address, max_connections=1)
+
+
+async def test_a_body_that_trickles_is_given_up(
+    serve_http: ServeHttp, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_app, "_BODY_S", 0.2)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b'{"messages": ['
+        for _ in range(30):  # this client reads no answer before it has sent all
+            await asyncio.sleep(0.02)
+            yield b" "
+
+    async with serve_http(FakeLane(tokenizer)) as server:
+        for path in (CHAT, "/v1/messages"):
+            response = await server.http.post(path, content=trickle())
+            assert response.status_code == 408
+            assert "did not arrive within 0.2 s" in response.json()["error"]["message"]
+        assert (await server.http.get("/live")).status_code == 200

@@ -265,4 +265,4 @@ async def test_a_bug_in_a_lane_fails_its_requests_too(
         events = [event async for event in client.generate(ClientRequest(prompt="a"))]
     assert isinstance(events[-1], Failed)
     assert "ValueError: broken" in events[-1].message
-    assert "coordinator.task_failed" in caplog.text
+    assert "service.task_failed" in caplog.text

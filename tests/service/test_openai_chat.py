@@ -189,7 +189,7 @@ OTHER_TOOL = {"type": "function", "function": {"name": "x"}}
 REFUSALS = [
     ({"messages": []}, 400, "messages"),
     ({"messages": [{"role": "robot", "content": ""}]}, 400, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0]"),
     ({"messages": [{"role": "tool", "content": "1"}]}, 400, "messages[0].tool_call_id"),
     ({"messages": [{"role": "user", "content": "a", "partial": True}]}, 400, "messages[0].partial"),
     ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, 400, "messages[0].colour"),

@@ -12,13 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from k2dist._proto.v1 import control_pb2
+from k2dist.client import Chat, ChatMessage, Client, ClientRequest, Finished, ToolCall, WholeAnswer
 from k2dist.errors import RequestError, UnavailableError
-from k2dist.messages import ChatMessage, ToolCall
-from k2dist.service.answer_events import Finished
-from k2dist.service.client import Client
-from k2dist.service.client_request import Chat, ClientRequest
 from k2dist.service.reflection_v1 import V1_NAME
-from k2dist.service.whole_answer import WholeAnswer
 from k2dist.text.chat import render_text
 from k2dist.text.tokenizer import IM_END, Tokenizer
 from tests.service.conftest import Serve

@@ -20,7 +20,8 @@ from k2dist.service.answer import Answer
 from k2dist.service.answer_events import Accepted, AnswerEvent
 from k2dist.service.anthropic_answers import AnthropicStream
 from k2dist.service.client_request import Chat, ClientRequest
-from k2dist.service.openai_answers import Echo, OpenAIStream
+from k2dist.service.openai_answers import OpenAIStream
+from k2dist.service.openai_logprobs import Echo
 from k2dist.service.openai_requests import OpenAIAsked
 from k2dist.service.sse import DONE, Numbering, Place, read_id, write_id
 from k2dist.text.tokenizer import IM_END, Tokenizer
