@@ -34,7 +34,7 @@ def load(
 ) -> None:
     """How near all ranks' reads come to the disk, with the page cache emptied of the model before each."""
     # With ray and torch: not for others.
-    from k2dist.bench.load import measure
+    from k2dist.bench.load import measure, num_reads
     from k2dist.cli.prepare import prepare_world
     from k2dist.config import read_architecture
     from k2dist.config.load import load_cluster
@@ -47,7 +47,7 @@ def load(
     plans = list(shard_plans(read_architecture(model_dir), world.layout))
     with bench_bar("cold reads", is_quiet=as_json) as show:
         done = count(1)
-        rates = measure(model_dir, plans, num_rounds=rounds, note=lambda: show(next(done), 2 * rounds))
+        rates = measure(model_dir, plans, num_rounds=rounds, note=lambda: show(next(done), num_reads(rounds)))
     ready = _start(world) if start else None
     if as_json:
         shown = {"load": rates, "disk_bytes_per_s": rates.disk_bytes_per_s, "share": rates.share}
@@ -77,8 +77,8 @@ def _as_text(rates: LoadRates) -> str:
     return (
         f"{rates.model}: {_gb(rates.file_bytes)} in files; page cache emptied of them by posix_fadvise, "
         f"{rates.cached_share:.0%} stayed\n"
-        f"the disk: {_gb(rates.ceiling_bytes_per_s)}/s ({rates.ceiling_how} reads, best of "
-        f"{rates.num_rounds})\n"
+        f"the disk: {_gb(rates.ceiling_bytes_per_s)}/s ({rates.ceiling_how} reads, {rates.ceiling_reader}; "
+        f"best of {rates.num_rounds} rounds)\n"
         f"{rates.num_ranks} ranks at once: {_gb(rates.num_bytes)}, of which {_gb(rates.disk_bytes)} from the "
         f"disk, in {rates.wall_s:.2f} s = {_gb(rates.disk_bytes_per_s)}/s, {rates.share:.0%} of the disk; "
         f"index and headers before that {rates.find_s:.2f} s"
