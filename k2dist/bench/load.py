@@ -1,6 +1,6 @@
 """How fast the ranks of one machine read their shards from a cold disk, beside what that disk can do.
 
-    evict ─> direct reads of the same files, large and several at a time: the ceiling
+    evict ─> direct reads of the same files, several at a time, by each of `READERS`: the best is the ceiling
     evict ─> every rank's process reads its shard, all at once, as `serve` does
     (again, in turns; the best of each counts: what disturbs a disk only ever slows it)
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from k2dist.errors import CheckpointError, PeerError
 from k2dist.messages import Message
 from k2dist.parallel import ShardPlan
-from k2dist.probe.disk import DiskRate, cached_share, evict, measure_disk
+from k2dist.probe.disk import READERS, DiskRate, Reader, cached_share, evict, measure_disk
 
 START_S = 120.0  # for the processes to import torch, and for one read of a shard at 0.5 GB/s
 _CACHED_MOST = 0.1  # of the files, when the ranks begin; with more it is memory that is measured
@@ -37,6 +37,7 @@ class LoadRates(Message, frozen=True, kw_only=True):
     num_rounds: int
     file_bytes: int
     ceiling_how: str  # as in DiskRate
+    ceiling_reader: str  # the best of `READERS`
     ceiling_bytes_per_s: float
     num_bytes: int  # of all shards together
     disk_bytes: int
@@ -84,20 +85,21 @@ def measure(
     num_rounds: int,
     note: Callable[[], object] = lambda: None,
 ) -> LoadRates:
-    """Read `plans`, a process each. `note` is called after each of the 2 x `num_rounds` reads.
+    """Read `plans`, a process each. `note` is called after each of the `num_reads(num_rounds)`.
 
     Errors: CheckpointError if there is no such model, or its files stay in memory; PeerError.
     """
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{model_dir}: no safetensors file in it")
-    disks: list[DiskRate] = []
+    disks: list[tuple[DiskRate, Reader]] = []
     rounds: list[_Round] = []
     with _readers(model_dir, plans) as readers:
         for _ in range(num_rounds):
-            evict(files)
-            disks.append(measure_disk(files))
-            note()
+            for reader in READERS:
+                evict(files)
+                disks.append((measure_disk(files, reader), reader))
+                note()
             evict(files)
             cached = cached_share(files)
             if cached > _CACHED_MOST:
@@ -107,7 +109,7 @@ def measure(
                 )
             rounds.append(_Round(_read_all(readers), cached))
             note()
-    disk = max(disks, key=lambda rate: rate.bytes_per_s)
+    disk, reader = max(disks, key=lambda pair: pair[0].bytes_per_s)
     best = max(rounds, key=lambda each: each.disk_bytes / each.wall_s)
     return LoadRates(
         model=str(model_dir),
@@ -115,6 +117,7 @@ def measure(
         num_rounds=num_rounds,
         file_bytes=sum(path.stat().st_size for path in files),
         ceiling_how=disk.how,
+        ceiling_reader=str(reader),
         ceiling_bytes_per_s=disk.bytes_per_s,
         num_bytes=sum(read.num_bytes for read in best.reads),
         disk_bytes=best.disk_bytes,
@@ -122,6 +125,11 @@ def measure(
         wall_s=best.wall_s,
         find_s=max(read.find_s for read in best.reads),
     )
+
+
+def num_reads(num_rounds: int) -> int:
+    """Of the disk by each reader, and of all ranks together."""
+    return num_rounds * (len(READERS) + 1)
 
 
 @contextmanager

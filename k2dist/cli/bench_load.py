@@ -28,7 +28,7 @@ def load(
 ) -> None:
     """How near all ranks' reads come to the disk, with the page cache emptied of the model before each."""
     # With ray and torch: not for others.
-    from k2dist.bench.load import measure
+    from k2dist.bench.load import measure, num_reads
     from k2dist.config import read_architecture
     from k2dist.parallel import shard_plans
 
@@ -37,7 +37,7 @@ def load(
     world = world_here(config, model)
     model_dir = Path(world.model_dir)
     plans = list(shard_plans(read_architecture(model_dir), world.layout))
-    with counting_bar("cold reads", 2 * rounds, is_quiet=as_json) as note:
+    with counting_bar("cold reads", num_reads(rounds), is_quiet=as_json) as note:
         rates = measure(model_dir, plans, num_rounds=rounds, note=note)
     ready = _start(world) if start else None
     if as_json:
@@ -68,8 +68,8 @@ def _as_text(rates: LoadRates) -> str:
     return (
         f"{rates.model}: {_gb(rates.file_bytes)} in files; page cache emptied of them by posix_fadvise, "
         f"{rates.cached_share:.0%} stayed\n"
-        f"the disk: {_gb(rates.ceiling_bytes_per_s)}/s ({rates.ceiling_how} reads, best of "
-        f"{rates.num_rounds})\n"
+        f"the disk: {_gb(rates.ceiling_bytes_per_s)}/s ({rates.ceiling_how} reads, {rates.ceiling_reader}; "
+        f"best of {rates.num_rounds} rounds)\n"
         f"{rates.num_ranks} ranks at once: {_gb(rates.num_bytes)}, of which {_gb(rates.disk_bytes)} from the "
         f"disk, in {rates.wall_s:.2f} s = {_gb(rates.disk_bytes_per_s)}/s, {rates.share:.0%} of the disk; "
         f"index and headers before that {rates.find_s:.2f} s"

@@ -13,6 +13,7 @@ from k2dist.cli.plan_simulate import Asked, run_simulation
 from k2dist.cli.plan_view import plan_lines
 from k2dist.config import KIMI_K2, find_architecture
 from k2dist.config.load import load_cluster
+from k2dist.demo import MODEL_DIR
 from k2dist.errors import UsageError
 from k2dist.planner import ASSUMED, Workload, fitting_workload, plan_cluster
 
@@ -22,7 +23,10 @@ def plan(
         Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or --search.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"Model directory or name; default: the config's, else {KIMI_K2}.")
+        str | None,
+        typer.Option(
+            help=f"Model directory or name; default: the config's, else {KIMI_K2}, or the demo's on CPUs."
+        ),
     ] = None,
     prompt_len: Annotated[int | None, typer.Option(help="Tokens of a prompt; default: 2000.", min=1)] = None,
     output_len: Annotated[int | None, typer.Option(help="Tokens of an answer; default: 500.", min=1)] = None,
@@ -80,7 +84,7 @@ def plan(
     if config is None:
         raise UsageError("give a cluster YAML, or --search with --hardware, --nodes and --gpus")
     cluster = load_cluster(config)
-    model = model or cluster.model or KIMI_K2
+    model = model or cluster.model or (KIMI_K2 if cluster.ranks.rank_gpus else str(MODEL_DIR))
     architecture = find_architecture(model)
     if prompt_len is None and output_len is None:
         workload = fitting_workload(cluster, architecture, workload)

@@ -64,7 +64,7 @@ def run_simulation(
         loss = loss_of(architecture, layout, rank, site, at_s, recapture_s)
     arrivals = _arrivals(asked, workload)
     is_closed = asked.trace is None and asked.rate is None
-    most_open = plan.estimate.serving.concurrency if is_closed else None
+    most_open = (workload.concurrency or plan.estimate.serving.concurrency) if is_closed else None
     simulation = Simulation(config, StepModel(site), arrivals, max_open=most_open, loss=loss)
     with bar("requests simulated", is_quiet=as_json) as show:
         for one in simulate(simulation):

@@ -18,7 +18,7 @@ from k2dist.config.cluster import (
     split_address,
 )
 from k2dist.demo import MODEL_DIR
-from k2dist.errors import CapacityError, ConfigError
+from k2dist.errors import CapacityError, ConfigError, LayoutError
 from k2dist.parallel import shard_plans
 from k2dist.planner import Workload, fitting_workload, plan_cluster
 from k2dist.service.api_keys import read_keys
@@ -47,10 +47,15 @@ def prepare_world(
         faults += exposures(config.service)
     if faults:
         raise ConfigError("\n".join(faults))
-    if model_dir is None:
-        model_dir = MODEL_DIR if config.model is None else Path(config.model)
-    world = plan_world(config, model_dir)
-    architecture = read_architecture(model_dir)
+    try:
+        world = plan_world(config, model_dir or (MODEL_DIR if config.model is None else Path(config.model)))
+    except LayoutError as error:
+        if model_dir is not None or config.model is not None:
+            raise
+        raise LayoutError(
+            f"{error}\nthat is of the demo's model; name yours: --model DIR, or `model:`"
+        ) from error
+    architecture = read_architecture(Path(world.model_dir))
     workload = fitting_workload(config, architecture, Workload())
     plan_cluster(
         config, world.model_dir, architecture, workload, layout=world.layout

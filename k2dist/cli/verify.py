@@ -24,6 +24,8 @@ class VerifyReport(Message, frozen=True, kw_only=True):
     model: str
     num_tensors: int
     num_bytes: int
+    index_total_size: float | None  # as the index says; a wrong one is mentioned, since nothing reads it
+    file_tensor_bytes: int  # of every tensor in the files, leftovers too: what it should say
     manifest: str
     is_new_manifest: bool
     num_published_sums: int  # that were found beside the files, and hold
@@ -44,6 +46,7 @@ def verify(
     of files are checked where they came with them: SHA256SUMS, or what huggingface_hub notes of a download.
     """
     # With torch: not for `stop` and `chat`.
+    from k2dist.checkpoint.index_size import index_size
     from k2dist.checkpoint.manifest import MANIFEST_NAME, ManifestChecker, read_manifest, write_manifest
     from k2dist.checkpoint.published_sums import published_sums, sum_faults
     from k2dist.checkpoint.survey import survey, unused_files
@@ -58,12 +61,15 @@ def verify(
         wrong_sums = sum_faults(model, sums, show)
     differences = () if checker is None else checker.differences(found.manifest)
     _raise_faults(model, [*found.faults, *differences, *wrong_sums])
+    size = index_size(model)
     if is_new:
         write_manifest(path, found.manifest)
     report = VerifyReport(
         model=str(model),
         num_tensors=len(found.manifest.digests),
         num_bytes=found.num_bytes,
+        index_total_size=size.said,
+        file_tensor_bytes=size.found,
         manifest=str(path),
         is_new_manifest=is_new,
         num_published_sums=len(sums),
@@ -106,5 +112,11 @@ def _as_text(report: VerifyReport) -> str:
         f"checksums {were} {report.manifest}; {sums}",
         logits,
     ]
+    said = report.index_total_size
+    if said is not None and said != report.file_tensor_bytes:
+        lines.append(
+            f"the index's total_size is {said:,.0f}, and its files hold {report.file_tensor_bytes:,} bytes "
+            "of tensors: nothing reads it, but is the index of the same upload as the files?"
+        )
     lines += [f"{name}: not in the index, and never read; remove it?" for name in report.unused_files]
     return "\n".join(lines)

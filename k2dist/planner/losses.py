@@ -157,7 +157,9 @@ def _lines(losses: Losses) -> Iterator[str]:
     )
     for what, remainders in (("ranks", losses.rank_remainders), ("nodes", losses.node_remainders)):
         if remainders:
-            yield f"    {len(remainders)} {what} are too many: {_left(remainders[-1])}"
+            count = len(remainders)
+            are = f"{count} {what} are" if count > 1 else f"one {what.removesuffix('s')} is"
+            yield f"    {are} too many: {_left(remainders[-1])}"
 
 
 def _left(remainder: Remainder) -> str:

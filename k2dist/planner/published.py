@@ -128,6 +128,19 @@ ROWS = (
         published=4548,
         is_v3=True,
     ),
+    Row(
+        number="21 B200",
+        what="TensorRT-LLM, V3 in FP4, latents in FP8, one node, 7,168 at once, 1,000 in, 2,000 out",
+        device="b200",
+        num_gpus=8,
+        slots=32,
+        decode=896,
+        context=2000,
+        prompts=1,
+        prompt_len=448,
+        published=5393,
+        is_v3=True,
+    ),
 )
 
 

@@ -13,13 +13,31 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 from k2dist.messages import Message
 
-PIECE_BYTES = 16 * 2**20
-NUM_THREADS = 8
 _PAGE_BYTES = mmap.PAGESIZE
+
+
+class Reader(NamedTuple):
+    """`num_threads`, each of which takes the next piece. `is_spread`: of all files in turns, as if each had a
+    job of its own; else one file after the other."""
+
+    num_threads: int
+    piece_bytes: int
+    is_spread: bool
+
+    def __str__(self) -> str:
+        size = f"{self.piece_bytes // 2**20} MiB"
+        return f"{self.num_threads} at a time, {size} each{', of all files in turns' * self.is_spread}"
+
+
+IN_ORDER = Reader(8, 16 * 2**20, is_spread=False)
+# No one of them is best on every disk; what a disk can do is what the best of them reads.
+READERS = (IN_ORDER, Reader(8, 2**20, is_spread=True), Reader(32, 2**20, is_spread=True))
 
 
 class DiskRate(Message, frozen=True, kw_only=True):
@@ -35,11 +53,17 @@ class DiskRate(Message, frozen=True, kw_only=True):
 
 
 def measure_disk(
-    paths: Sequence[Path], *, max_bytes: int | None = None, max_s: float | None = None
+    paths: Sequence[Path],
+    reader: Reader = IN_ORDER,
+    *,
+    max_bytes: int | None = None,
+    max_s: float | None = None,
 ) -> DiskRate:
-    """Read `paths` from their beginnings, one after the other, `NUM_THREADS` pieces at a time, until all is
-    read, or so much, or so long. File systems without direct reads (tmpfs, some of networks) are read
-    through the cache, from which the files are dropped first. Errors: OSError."""
+    """Read `paths` from their beginnings, until all is read, or so much, or so long.
+
+    File systems without direct reads (tmpfs, some of networks) are read through the cache, from which the
+    files are dropped first. Errors: OSError.
+    """
     assert paths, "nothing to read"
     is_direct = _reads_direct(paths[0])
     if not is_direct:
@@ -49,7 +73,7 @@ def measure_disk(
     try:
         began_s = time.monotonic()
         give_up_s = None if max_s is None else began_s + max_s
-        num_bytes = _read_all(_pieces(files, max_bytes), give_up_s)
+        num_bytes = _read_all(_pieces(files, reader, max_bytes), reader, give_up_s)
         return DiskRate(
             num_bytes=num_bytes,
             wall_s=time.monotonic() - began_s,
@@ -87,19 +111,22 @@ def _reads_direct(path: Path) -> bool:
     return True
 
 
-def _pieces(files: Sequence[int], max_bytes: int | None) -> Iterator[tuple[int, int]]:
-    """File and offset of each piece, in order."""
+def _pieces(files: Sequence[int], reader: Reader, max_bytes: int | None) -> Iterator[tuple[int, int]]:
+    """File and offset of each piece, in the reader's order."""
+    size = reader.piece_bytes
+    ends = {file: os.fstat(file).st_size for file in files}
+    of_files = [[(file, offset) for offset in range(0, end, size)] for file, end in ends.items()]
+    order = zip_longest(*of_files) if reader.is_spread else of_files
     num_bytes = 0
-    for file in files:
-        size = os.fstat(file).st_size
-        for offset in range(0, size, PIECE_BYTES):
-            if max_bytes is not None and num_bytes >= max_bytes:
-                return
-            num_bytes += min(PIECE_BYTES, size - offset)
-            yield file, offset
+    for piece in filter(None, chain.from_iterable(order)):
+        if max_bytes is not None and num_bytes >= max_bytes:
+            return
+        file, offset = piece
+        num_bytes += min(size, ends[file] - offset)
+        yield file, offset
 
 
-def _read_all(pieces: Iterator[tuple[int, int]], give_up_s: float | None) -> int:
+def _read_all(pieces: Iterator[tuple[int, int]], reader: Reader, give_up_s: float | None) -> int:
     """Threads take the next piece each; bytes read by all."""
     lock = threading.Lock()
 
@@ -111,13 +138,13 @@ def _read_all(pieces: Iterator[tuple[int, int]], give_up_s: float | None) -> int
 
     def read() -> int:
         num_bytes = 0
-        with mmap.mmap(-1, PIECE_BYTES) as buffer:  # page-aligned, as direct reads ask
+        with mmap.mmap(-1, reader.piece_bytes) as buffer:  # page-aligned, as direct reads ask
             while (piece := take()) is not None:
                 num_bytes += os.preadv(piece[0], [buffer], piece[1])
         return num_bytes
 
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="disk") as pool:
-        return sum(pool.map(lambda _: read(), range(NUM_THREADS)))
+    with ThreadPoolExecutor(reader.num_threads, thread_name_prefix="disk") as pool:
+        return sum(pool.map(lambda _: read(), range(reader.num_threads)))
 
 
 def _cached_pages(path: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from k2dist.checkpoint.manifest import MANIFEST_NAME
+from k2dist.checkpoint.names import INDEX_NAME
 from k2dist.cli import app, comparison
 from k2dist.config import read_architecture
 
@@ -231,3 +232,22 @@ def test_a_file_that_nothing_reads_is_mentioned(model_dir: Path, run: Run) -> No
     assert code == 0
     assert "old.safetensors: not in the index, and never read" in out
     assert "no checksums of files came with them" in out
+
+
+@pytest.mark.usefixtures("no_transformers")
+def test_a_total_size_that_is_not_the_files_is_mentioned_and_one_that_is_no_number_refused(
+    model_dir: Path, run: Run
+) -> None:
+    path = model_dir / INDEX_NAME
+    index = json.loads(path.read_text())
+    right = index["metadata"]["total_size"]
+    assert "index's total_size" not in run(model_dir)[1]
+    path.write_text(json.dumps(index | {"metadata": {"total_size": right + 8}}))
+    code, out, _ = run(model_dir)
+    assert code == 0
+    assert f"the index's total_size is {right + 8:,}, and its files hold {right:,} bytes" in out
+    path.write_text(json.dumps(index | {"metadata": {}}))
+    assert run(model_dir)[0] == 0
+    path.write_text(json.dumps(index | {"metadata": {"total_size": "much"}}))
+    code, _, err = run(model_dir)
+    assert (code, "$.metadata.total_size" in err) == (1, True)

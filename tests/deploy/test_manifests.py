@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ from tests.deploy.loading import load_script
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = ROOT.parent / "shared" / "k8s"
 MANIFESTS = load_script(ROOT / "deploy/kuberay/manifests.py")
+RENDERED, SCHEMAS = sys.modules["rendered"], sys.modules["schemas"]  # beside it, and imported by it
 TWO_HOSTS = load_script(ROOT / "deploy/two_hosts.py")
-OVERLAYS = sorted(path.name for path in MANIFESTS.OVERLAYS.iterdir())
+OVERLAYS = sorted(path.name for path in RENDERED.OVERLAYS.iterdir())
 SERVED_BY = {"h200-2x8-job": "head"}  # the others have a service pod
 LIKE = {
     "cpu-demo": "cpu-2x2.yaml",
@@ -39,7 +41,7 @@ Objects = tuple[dict[str, Any], ...]
 
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, Objects]:
-    return {overlay: MANIFESTS.read(MANIFESTS.render(overlay)) for overlay in OVERLAYS}
+    return {overlay: RENDERED.read(RENDERED.render(overlay)) for overlay in OVERLAYS}
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -58,32 +60,51 @@ def of_kind(objects: Objects, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def parts(objects: Objects) -> dict[str, Any]:
-    return {group.part: group for group in MANIFESTS.pod_groups(objects)}
+    return {group.part: group for group in RENDERED.pod_groups(objects)}
 
 
 # -- legal ---------------------------------------------------------------------------------------------------
 
 
 def test_what_kubernetes_knows_is_legal(objects: Objects) -> None:
-    assert list(MANIFESTS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects, None)) == []
 
 
 @pytest.mark.skipif(not CRDS.exists(), reason="KubeRay's definitions are not beside this checkout")
 def test_what_kuberay_knows_is_legal(objects: Objects) -> None:
-    assert list(MANIFESTS.faults(objects, CRDS)) == []
+    assert list(SCHEMAS.faults(objects, CRDS)) == []
 
 
 @pytest.mark.skipif(not CRDS.exists(), reason="KubeRay's definitions are not beside this checkout")
 def test_fields_that_nobody_knows_are_faults(rendered: dict[str, Objects]) -> None:
     """At any depth: Kubernetes would drop them without a word."""
     objects = copy.deepcopy(rendered["cpu-demo"])
-    MANIFESTS.cluster_spec(objects)["authOptions"]["kind"] = "token"
-    group = MANIFESTS.cluster_spec(objects)["workerGroupSpecs"][1]
+    RENDERED.cluster_spec(objects)["authOptions"]["kind"] = "token"
+    group = RENDERED.cluster_spec(objects)["workerGroupSpecs"][1]
     group["template"]["spec"]["containers"][0]["startProbe"] = {}
-    found = "\n".join(MANIFESTS.faults(objects, CRDS))
+    found = "\n".join(SCHEMAS.faults(objects, CRDS))
     assert "spec.authOptions: Additional properties are not allowed ('kind' was unexpected)" in found
     assert "spec.workerGroupSpecs.1.template.spec.containers.0" in found
     assert "Pod ranks: spec.containers.0: Additional properties" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"port": 8000}, "spec.endpoints.0.port: 8000 is not of type 'string'"),
+        ({"scrapeTimout": "9s"}, "('scrapeTimout' was unexpected)"),
+        ({"interval": "15"}, "spec.endpoints.0.interval: '15' does not match"),
+        ({"authorization": {"credentials": {"name": "k2dist-monitor"}}}, "'key' is a required property"),
+    ],
+)
+def test_a_monitor_that_would_not_scrape_is_a_fault(
+    rendered: dict[str, Objects], change: dict[str, Any], message: str
+) -> None:
+    objects = copy.deepcopy(rendered["h200-2x8"])
+    (monitor,) = of_kind(objects, "ServiceMonitor")
+    monitor["spec"]["endpoints"][0] |= change
+    (fault,) = SCHEMAS.faults(objects, None)
+    assert message in fault
 
 
 @pytest.mark.parametrize(
@@ -92,14 +113,14 @@ def test_fields_that_nobody_knows_are_faults(rendered: dict[str, Objects]) -> No
 @pytest.mark.parametrize("name", ["h200-2x8", "h200-2x8-job"])
 def test_all_pods_or_none_is_a_component(tmp_path: Path, component: str, label: str, name: str) -> None:
     objects = with_component(tmp_path, name, component)
-    (labelled,) = (one for one in objects if one["kind"] in MANIFESTS.CRD_FILES)
+    (labelled,) = (one for one in objects if one["kind"] in RENDERED.CLUSTER_KINDS)
     assert labelled["metadata"]["labels"][label] == "k2dist"
 
 
 def test_a_secret_can_be_mounted(tmp_path: Path) -> None:
     """Keys and certificates, for the one pod that asks for them."""
     objects = with_component(tmp_path, "cpu-demo", "keys")
-    assert list(MANIFESTS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects, None)) == []
     mounts = {
         part: [mount["mountPath"] for mount in group.container["volumeMounts"]]
         for part, group in parts(objects).items()
@@ -111,7 +132,7 @@ def with_component(directory: Path, overlay: str, component: str) -> Objects:
     there = os.path.relpath(ROOT / "deploy/kuberay", directory.resolve())
     made = {"resources": [f"{there}/overlays/{overlay}"], "components": [f"{there}/components/{component}"]}
     (directory / "kustomization.yaml").write_text(yaml.safe_dump(made))
-    objects: Objects = MANIFESTS.read(MANIFESTS.render(str(directory)))
+    objects: Objects = RENDERED.read(RENDERED.render(str(directory)))
     return objects
 
 
@@ -152,7 +173,7 @@ def test_the_summarys_arithmetic_is_the_plans(rendered: dict[str, Objects]) -> N
 def test_every_command_is_one_that_k2dist_has(objects: Objects) -> None:
     """Parsed by the command line itself, down to the last option, and not run."""
     command = typer.main.get_command(app)
-    found = list(MANIFESTS.commands(objects))
+    found = list(RENDERED.commands(objects))
     assert {arguments[0] for arguments in found} == {"serve", "stop"}
     for name, *arguments in found:
         with typer.Context(command) as context:
@@ -166,20 +187,20 @@ def test_a_command_that_k2dist_does_not_have_is_found() -> None:
 
 
 def test_the_configuration_loads_and_fits(objects: Objects) -> None:
-    config = MANIFESTS.cluster_config(objects)
+    config = RENDERED.cluster_config(objects)
     assert MANIFESTS.memory_plan(config).ranks
 
 
 def test_the_configuration_is_the_one_of_bare_machines(objects: Objects, overlay: str) -> None:
     """Up to where it listens and who may call, where the weights are, how much is cached, and patience."""
     there = load_cluster(ROOT / "cluster_configs" / LIKE[overlay])
-    here = MANIFESTS.cluster_config(objects)
+    here = RENDERED.cluster_config(objects)
     for section in ("parallel", "exchange", "ranks", "nodes", "kernels", "dtype"):
         assert getattr(here, section) == getattr(there, section), section
 
 
 def test_the_mounted_configuration_is_the_one_that_serves(objects: Objects, overlay: str) -> None:
-    (serve,) = (arguments for arguments in MANIFESTS.commands(objects) if arguments[0] == "serve")
+    (serve,) = (arguments for arguments in RENDERED.commands(objects) if arguments[0] == "serve")
     path = Path(serve[serve.index("--config") + 1])
     group = parts(objects)[SERVED_BY.get(overlay, "service")]
     mounts = {mount["mountPath"]: mount["name"] for mount in group.container["volumeMounts"]}
@@ -190,14 +211,14 @@ def test_the_mounted_configuration_is_the_one_that_serves(objects: Objects, over
 
 
 def test_whoever_ends_the_cluster_knows_its_name(objects: Objects) -> None:
-    name = MANIFESTS.cluster_config(objects).name
-    stops = [arguments for arguments in MANIFESTS.commands(objects) if arguments[0] == "stop"]
+    name = RENDERED.cluster_config(objects).name
+    stops = [arguments for arguments in RENDERED.commands(objects) if arguments[0] == "stop"]
     assert len(stops) == 2
     assert {tuple(arguments) for arguments in stops} == {("stop", "--name", name)}
 
 
 def test_pods_have_what_ranks_take(objects: Objects) -> None:
-    config, ranks = MANIFESTS.cluster_config(objects), parts(objects)["ranks"]
+    config, ranks = RENDERED.cluster_config(objects), parts(objects)["ranks"]
     assert ranks.replicas == config.nodes.num_nodes
     each = config.parallel.world_size // ranks.replicas
     cpus = int(ranks.start.get("num-cpus", ranks.resources["cpu"]))
@@ -213,7 +234,7 @@ def test_only_ranks_have_anything_for_ranks(objects: Objects) -> None:
 
 def test_weights_are_where_the_configuration_says(objects: Objects, overlay: str) -> None:
     """Read-only, for ranks and for whoever reads headers and vocabulary; the demo's are in the image."""
-    model = MANIFESTS.cluster_config(objects).model
+    model = RENDERED.cluster_config(objects).model
     for part in ("ranks", SERVED_BY.get(overlay, "service")):
         mounts = {
             mount["mountPath"]: mount.get("readOnly")
@@ -225,14 +246,14 @@ def test_weights_are_where_the_configuration_says(objects: Objects, overlay: str
 
 def test_whoever_is_let_in_without_a_key_is_let_in_by_name(objects: Objects, overlay: str) -> None:
     """Only the demo says --insecure; the others would not start if their keys were not named."""
-    (serve,) = (arguments for arguments in MANIFESTS.commands(objects) if arguments[0] == "serve")
-    is_exposed = bool(list(exposures(MANIFESTS.cluster_config(objects).service)))
+    (serve,) = (arguments for arguments in RENDERED.commands(objects) if arguments[0] == "serve")
+    is_exposed = bool(list(exposures(RENDERED.cluster_config(objects).service)))
     assert is_exposed == ("--insecure" in serve) == (overlay == "cpu-demo")
 
 
 def test_keys_are_a_secret_where_the_configuration_looks(objects: Objects, overlay: str) -> None:
     """In the pod that serves and in no other; Prometheus has one of its own."""
-    path = MANIFESTS.cluster_config(objects).service.api_keys
+    path = RENDERED.cluster_config(objects).service.api_keys
     served_by = SERVED_BY.get(overlay, "service")
     for part, group in parts(objects).items():
         secrets = secret_mounts(group)
@@ -258,7 +279,7 @@ def secret_mounts(group: Any) -> dict[str, str]:
 def test_certificates_are_a_component(tmp_path: Path) -> None:
     """With the line of configuration that it asks for, which has to be valid and lead to its files."""
     objects = with_component(tmp_path, "h200-2x8", "tls")
-    assert list(MANIFESTS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects, None)) == []
     service = parts(objects)["service"]
     probes = [service.container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
     assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
@@ -267,7 +288,7 @@ def test_certificates_are_a_component(tmp_path: Path) -> None:
 
     comment = (ROOT / "deploy/kuberay/components/tls/kustomization.yaml").read_text()
     (line,) = re.findall(r"^#   (tls: \{.*\})$", comment, flags=re.M)
-    text = (MANIFESTS.OVERLAYS / "h200-2x8/cluster.yaml").read_text()
+    text = (RENDERED.OVERLAYS / "h200-2x8/cluster.yaml").read_text()
     tls = parse_cluster(text.replace("service:\n", f"service:\n  {line}\n"), "with tls").service.tls
     directory, secret = next(item for item in secret_mounts(service).items() if "tls" in item[1])
     assert {str(Path(path).parent) for path in (tls.cert, tls.key, tls.ca) if path} == {directory}
@@ -277,7 +298,7 @@ def test_certificates_are_a_component(tmp_path: Path) -> None:
 
 
 def test_ports_are_the_configurations(objects: Objects) -> None:
-    service = MANIFESTS.cluster_config(objects).service
+    service = RENDERED.cluster_config(objects).service
     wanted = {"http": int(service.http.rpartition(":")[2]), "grpc": int(service.grpc.rpartition(":")[2])}
     (found,) = (one for one in of_kind(objects, "Service") if one["metadata"]["name"] == "k2dist")
     assert {port["name"]: port["targetPort"] for port in found["spec"]["ports"]} == wanted
@@ -289,7 +310,7 @@ def test_ports_are_the_configurations(objects: Objects) -> None:
 
 def test_the_startup_probe_outlasts_the_start(objects: Objects, overlay: str) -> None:
     """And does not wait twice as long for what has gone wrong."""
-    config = MANIFESTS.cluster_config(objects)
+    config = RENDERED.cluster_config(objects)
     assert MANIFESTS.machine_bytes(config) / MANIFESTS.DISK_BYTES_PER_S < config.deadlines.load_s
     if overlay in SERVED_BY:
         return  # a job has no probe of ours
@@ -302,7 +323,7 @@ def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
     """`k2dist plan` counts more than bytes over the disk's speed."""
     rate = ("--disk-gb-s", str(MANIFESTS.DISK_BYTES_PER_S / 1e9))
     for overlay in ("h200-2x8", "h200-4x8-rdma"):
-        limits = MANIFESTS.cluster_config(rendered[overlay]).deadlines
+        limits = RENDERED.cluster_config(rendered[overlay]).deadlines
         path = ROOT / "cluster_configs" / LIKE[overlay]  # the same layout, and it names the device
         asked = CliRunner().invoke(app, ["plan", str(path), *rate, "--model", "kimi-k2-instruct", "--json"])
         assert asked.exit_code == 0, asked.output
@@ -313,7 +334,7 @@ def test_the_plan_expects_no_more(rendered: dict[str, Objects]) -> None:
 
 
 def test_pods_outlive_the_drain(objects: Objects) -> None:
-    limits = MANIFESTS.cluster_config(objects).deadlines
+    limits = RENDERED.cluster_config(objects).deadlines
     drain_s = limits.drain_s + 2 * limits.stop_s + limits.call_s
     for part in {"head", "service", "ranks"} & set(parts(objects)):
         group = parts(objects)[part]
@@ -327,7 +348,7 @@ def test_a_lost_machine_is_noticed_as_in_the_rehearsal_of_two_hosts(objects: Obj
     environment = {one["name"]: one["value"] for one in parts(objects)["head"].container["env"]}
     assert environment == TWO_HOSTS.NOTICE
     period_ms, timeout_ms, times = map(int, TWO_HOSTS.NOTICE.values())
-    assert times * (period_ms + timeout_ms) / 1e3 < MANIFESTS.cluster_config(objects).deadlines.step_s
+    assert times * (period_ms + timeout_ms) / 1e3 < RENDERED.cluster_config(objects).deadlines.step_s
 
 
 def test_probes_ask_what_answers(rendered: dict[str, Objects]) -> None:
@@ -344,7 +365,7 @@ def test_a_cluster_may_end_by_itself_before_it_is_killed(rendered: dict[str, Obj
     """Its own deadline names the rank that did not arrive; the kubelet's names nobody."""
     for overlay in set(OVERLAYS) - set(SERVED_BY):
         probe = parts(rendered[overlay])["service"].container["livenessProbe"]
-        step_s = MANIFESTS.cluster_config(rendered[overlay]).deadlines.step_s
+        step_s = RENDERED.cluster_config(rendered[overlay]).deadlines.step_s
         assert probe["periodSeconds"] * probe["failureThreshold"] > step_s
 
 
@@ -407,7 +428,7 @@ def test_only_the_rdma_overlay_asks_for_adapters(objects: Objects, overlay: str)
 
 
 def test_ray_asks_for_its_token_and_remembers(objects: Objects, overlay: str) -> None:
-    spec = MANIFESTS.cluster_spec(objects)
+    spec = RENDERED.cluster_spec(objects)
     assert spec["authOptions"]["mode"] == "token"
     assert ("gcsFaultToleranceOptions" in spec) == (overlay not in SERVED_BY)
     for one in of_kind(objects, "Secret"):
@@ -430,4 +451,4 @@ def test_versions_are_pinned_and_ours(objects: Objects) -> None:
         assert re.match(r"\d+\.\d+\.\d+", tag), group.container["image"]
         assert name != "k2dist" or tag.startswith(project["version"])
     pins = (ROOT / "deploy/docker/constraints.txt").read_text().splitlines()
-    assert f"ray=={MANIFESTS.cluster_spec(objects)['rayVersion']}" in pins
+    assert f"ray=={RENDERED.cluster_spec(objects)['rayVersion']}" in pins

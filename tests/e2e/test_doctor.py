@@ -1,4 +1,4 @@
-"""`k2dist doctor` and the look that `serve` takes: in a Ray that goes on, and on this machine alone."""
+"""`k2dist doctor` in a Ray that goes on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 from k2dist.cluster.ray_host import HostProcess
 from tests.e2e.command import Command, actors_of, await_that, write_config
-
-BEFORE_RAY_S = 30.0
 
 
 def test_every_node_of_a_ray_is_looked_at_and_what_it_lacks_is_an_error(
@@ -31,25 +29,3 @@ def test_every_node_of_a_ray_is_looked_at_and_what_it_lacks_is_an_error(
     ]
     assert "fewer ranks" in errors[0]["remedy"]
     await_that(lambda: actors_of(ray_host.mark.pid, "Prober") == [], "a prober lives")
-
-
-def test_this_machine_alone_is_looked_at_without_ray(tmp_path: Path, tiny_model_dir: Path) -> None:
-    config = write_config(tmp_path, "small")
-    with Command("doctor", config, "--model", tiny_model_dir, "--quick") as command:
-        assert command.wait(BEFORE_RAY_S) == 0, command.errors()
-        assert command.note_tree() == set(), "something was started"
-        output = command.output()
-    assert "0 errors" in output
-    assert "service.grpc=127.0.0.1:0 is free" in output
-
-
-def test_serve_looks_first_and_starts_nothing_where_that_says_no(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
-    config = write_config(tmp_path, "two", parallel="{lanes: 2, tp: 1}", nodes="{num_nodes: 2}")
-    with Command("serve", config, "--model", tiny_model_dir) as command:
-        assert command.wait(BEFORE_RAY_S) == 1
-        assert command.note_tree() == set(), "something was started"
-        lines = command.errors().splitlines()
-    assert lines[-2].startswith("k2dist: error: ray: this machine alone, and nodes.num_nodes=2; start Ray")
-    assert lines[-1].startswith("k2dist: error: `k2dist doctor` says more; --no-doctor starts nevertheless")
