@@ -156,7 +156,8 @@ class Grammars:
         """
         assert masks.shape == (len(states), self.mask_bytes), f"{masks.shape} for {len(states)} states"
         going_on = [(state.matcher, row) for row, state in enumerate(states) if state.goes_on]
-        self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
+        if going_on:
+            self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
         for state, mask in zip(states, masks, strict=True):
             state.finish_mask(mask)
 

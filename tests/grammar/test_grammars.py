@@ -286,6 +286,10 @@ def test_after_the_end_everything_is_allowed(tokenizer: Tokenizer, grammars: Gra
     state = grammars.begin(Choice(choices=("a",)), b"a")
     state.advance(min(end_token_ids(tokenizer, None)))
     assert len(allowed(grammars, state)) >= tokenizer.vocab_size
+    masks = np.zeros((1, grammars.mask_bytes), dtype=np.uint8)
+    grammars.masks_into([state], masks)
+    assert (masks == 0xFF).all()
+    grammars.masks_into([], masks[:0])
     state.advance(7)
     assert not state.error
 
