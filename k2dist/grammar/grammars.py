@@ -142,11 +142,16 @@ class Grammars:
         self._compiled(constraint)
 
     def begin(self, constraint: Constraint, generated: Iterable[int] = ()) -> GrammarState:
-        """The state of an output that has these tokens so far. RequestError as `check`."""
+        """The state of an output that has these tokens so far. RequestError as `check`.
+
+        Its next mask is made here, beside the step loop: the matcher keeps it until the next token.
+        """
         renewed = partial(self._renew, constraint)
         state = GrammarState(self._compiled(constraint), renewed, self._end_token_ids)
         for token_id in generated:
             state.advance(token_id)
+        if state.goes_on:
+            state.matcher.compute_bitmask()
         return state
 
     def masks_into(self, states: Sequence[GrammarState], masks: Mask) -> None:
