@@ -137,17 +137,18 @@ class _Output:
         self._grammars = grammars
         self._cases = cases
         self._number = number
-        self.begin()
-        for _ in range(draw.randrange(len(self._left))):  # else all of a case would go in step
-            self.state.advance(self._left.pop())
+        self.begin(draw)
 
-    def begin(self) -> None:
+    def begin(self, draw: random.Random | None = None) -> None:
+        """With no tokens yet; by `draw` at any place, for else all of a case would go in step."""
         case = self._cases[self._number % len(self._cases)]
         answer = case.answers[self._number // len(self._cases) % len(case.answers)]
         self._number += 1
-        self.state = self._grammars.begin(case.constraint)
+        token_ids = self._tokenizer.encode(answer, allow_special=True)
+        num_taken = 0 if draw is None else draw.randrange(len(token_ids))
+        self.state = self._grammars.begin(case.constraint, token_ids[:num_taken])
         self._next: int | None = None
-        self._left = self._tokenizer.encode(answer, allow_special=True)[::-1]
+        self._left = token_ids[num_taken:][::-1]
 
     def take(self) -> None:
         if self._next is not None:

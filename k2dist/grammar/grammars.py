@@ -20,8 +20,8 @@ from k2dist.grammar.write import mask_bytes, write_grammar
 from k2dist.messages import CallableTool, Constraint, JsonSchema, Lark, ToolCalls
 from k2dist.text.tokenizer import PATTERN, Tokenizer
 
-# llguidance's defaults but for the lexer's states (1-2 kB each, for as long as the grammar is kept) and the
-# grammar's size.
+# llguidance's defaults but for the lexer's states (0.5 kB each, for as long as the grammar is kept; else
+# 250,000) and the grammar's size.
 _MAX_LEXER_STATES = 50_000
 _MAX_GRAMMAR_SIZE = 200_000
 _KEPT = 128  # compiled grammars; most hold some 100 kB
@@ -40,6 +40,7 @@ _SLICES = [_SPACE, "[a-z]{1,10}", "[a-z]+", " [a-z]{1,10}", " [a-z]+", *_STRINGS
 _MAX_THREADS = 4  # 32 masks take one of them less than a millisecond, and a step hides many
 
 Mask = NDArray[np.uint8]
+Renewed = Callable[[llguidance.LLMatcher], tuple[llguidance.LLMatcher, bool]]
 
 
 def mask_threads(num_cores: int) -> int:
@@ -50,13 +51,20 @@ def mask_threads(num_cores: int) -> int:
 class GrammarState:
     """Where one output stands. Equal tokens give equal masks, on every rank and after every restart.
 
+    `kept`: the compiled grammar, at its start. `renewed(worn)` gives one other than `worn`, and whether it is
+    new. All copies of one share what its lexer has found out; when that is as much as may be, none can go on,
+    and they begin again with another. What fails with a new one, fails by its own tokens alone.
+
     `error`: why no mask can be made any more, once that is so; all tokens are allowed then, and whoever reads
     a mask has to end the output.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: frozenset[int]) -> None:
-        self.matcher = matcher
+    def __init__(self, kept: llguidance.LLMatcher, renewed: Renewed, end_token_ids: frozenset[int]) -> None:
+        self.matcher = kept.deep_copy()
+        self._kept = kept
+        self._renewed = renewed
         self._end_token_ids = end_token_ids
+        self._token_ids: list[int] = []
         self._has_ended = False
         self.error = ""
 
@@ -73,9 +81,10 @@ class GrammarState:
         """Take the next token of the output. What comes after an end token counts for nothing."""
         if not self.goes_on:
             return
+        self._token_ids.append(token_id)
         self._has_ended = token_id in self._end_token_ids
         if not self.matcher.consume_token(token_id):
-            self._note_error()
+            self._begin_again(lambda: None)
 
     def mask_into(self, mask: Mask) -> None:
         """Set the bits of the tokens that may come next: `Grammars.mask_bytes`, contiguous.
@@ -83,18 +92,28 @@ class GrammarState:
         Releases the interpreter lock. After the end all tokens are allowed: what is sampled there is dropped.
         """
         if self.goes_on:
-            self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._compute(mask)
         self.finish_mask(mask)
 
     def finish_mask(self, mask: Mask) -> None:
         """After the matcher has made `mask`, if it goes on."""
         if self.goes_on and self.matcher.is_error():
-            self._note_error()
+            self._begin_again(lambda: self._compute(mask))
         if not self.goes_on:
             mask[:] = 0xFF
 
-    def _note_error(self) -> None:
-        self.error = f"constraint: {_first_line(self.matcher.get_error())}"
+    def _compute(self, mask: Mask) -> None:
+        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    def _begin_again(self, act: Callable[[], None]) -> None:
+        is_new = False
+        while self.matcher.is_error() and not is_new:
+            self._kept, is_new = self._renewed(self._kept)
+            self.matcher = self._kept.deep_copy()
+            self.matcher.consume_tokens(self._token_ids)
+            act()
+        if self.matcher.is_error():
+            self.error = f"constraint: {_first_line(self.matcher.get_error())}"
 
 
 class Grammars:
@@ -123,10 +142,16 @@ class Grammars:
         self._compiled(constraint)
 
     def begin(self, constraint: Constraint, generated: Iterable[int] = ()) -> GrammarState:
-        """The state of an output that has these tokens so far. RequestError as `check`."""
-        state = GrammarState(self._compiled(constraint).deep_copy(), self._end_token_ids)
+        """The state of an output that has these tokens so far. RequestError as `check`.
+
+        Its next mask is made here, beside the step loop: the matcher keeps it until the next token.
+        """
+        renewed = partial(self._renew, constraint)
+        state = GrammarState(self._compiled(constraint), renewed, self._end_token_ids)
         for token_id in generated:
             state.advance(token_id)
+        if state.goes_on:
+            state.matcher.compute_bitmask()
         return state
 
     def masks_into(self, states: Sequence[GrammarState], masks: Mask) -> None:
@@ -136,26 +161,44 @@ class Grammars:
         """
         assert masks.shape == (len(states), self.mask_bytes), f"{masks.shape} for {len(states)} states"
         going_on = [(state.matcher, row) for row, state in enumerate(states) if state.goes_on]
-        self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
+        if going_on:
+            self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, self.mask_bytes, len(states))
         for state, mask in zip(states, masks, strict=True):
             state.finish_mask(mask)
 
     def _compiled(self, constraint: Constraint) -> llguidance.LLMatcher:
-        """At its start. Two threads may compile the same one at the same time; the first is kept."""
-        with self._lock:
-            known = self._kept.get(constraint)
-            if known is not None:
-                self._kept.move_to_end(constraint)
-                return known
+        """At its start. Two threads may compile the same one at the same time; the last is kept."""
+        known = self._known(constraint)
+        if known is not None:
+            return known
         try:
             matcher = self._compile(constraint)
         except UnfitError as error:
             raise RequestError(_field(constraint), f"cannot be enforced: {error}") from error
+        self._keep(constraint, matcher)
+        return matcher
+
+    def _renew(self, constraint: Constraint, worn: llguidance.LLMatcher) -> tuple[llguidance.LLMatcher, bool]:
+        """See `GrammarState`. The step loop waits for it, some milliseconds: few grammars ever wear out."""
+        known = self._known(constraint)
+        if known is not None and known is not worn:
+            return known, False
+        matcher = self._compile(constraint)
+        self._keep(constraint, matcher)
+        return matcher, True
+
+    def _known(self, constraint: Constraint) -> llguidance.LLMatcher | None:
         with self._lock:
-            self._kept.setdefault(constraint, matcher)
+            if constraint in self._kept:
+                self._kept.move_to_end(constraint)
+            return self._kept.get(constraint)
+
+    def _keep(self, constraint: Constraint, matcher: llguidance.LLMatcher) -> None:
+        with self._lock:
+            self._kept[constraint] = matcher
+            self._kept.move_to_end(constraint)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-        return matcher
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         matcher = self._matcher(write_grammar(constraint, self._tokenizer.special_id))

@@ -1,7 +1,8 @@
 """A model that says nothing but noise, in words: small, of random weights, its tokens what JSON is made of.
 
-Its tokens are the bytes, JSON's marks in pairs, and the words of the schemas in `schemas.jsonl`, so that
-a call takes some 30 tokens and not 150, and tokens cross the borders of JSON's parts as K2's own do.
+Besides the bytes it has the pairs that the schemas in `schemas.jsonl` are best written with, and JSON's marks
+together, so that a call takes some 30 tokens, tokens cross the borders of JSON's parts as K2's own do, and a
+prompt that shows a tool is short.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator, Set
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,17 @@ from k2dist.config import published_config
 from k2dist.text.tokenizer import CALL_END, K2_SPECIALS, SECTION_END, Tokenizer
 from tests.service.conftest import ARCHITECTURE
 
-_MARKS = ('{"', '":', '": ', '":"', '": "', '", "', '"}', "}}", '"]', '"}]', "true", "false", "null")
-_MARKS += ('": {', '": [', '[{"', "functions", "functions.f:")
-_WORD = re.compile(r"[ _]?[A-Za-z]+|[^\W\d_a-zA-Z]+|\d{2,4}")
-_NUM_WORDS = 500
+_MARKS = ('{"', '":', '": ', '":"', '": "', '", "', '", ', '"}', "}}", '"]', '"}]', '": {', '": [', '[{"')
+_PIECE = re.compile(r" ?[^\W\d_]+| ?[^\s\w]+|\d{1,3}|_")
+_NUM_PASSES, _PAIRS_OF_A_PASS = 30, 20
 _CLOSING = frozenset({b'"', b'"}', b"}", b"]", b"}}", b'"]', b'"}]'})
 _LONGER = frozenset(b" \n\t\\[{,0123456789")
 
 
 def write_noise_model(model_dir: Path, schemas: str) -> None:
     """Legal up to tp 2."""
-    words = Counter(word for word in _WORD.findall(schemas) if len(word.encode()) > 1 and word not in _MARKS)
-    pieces = [*_MARKS, *(word for word, _ in words.most_common(_NUM_WORDS))]
-    vocabulary = [*(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in pieces)]
+    longer = dict.fromkeys([*_learn_pairs(schemas), *(mark.encode() for mark in _MARKS)])
+    vocabulary = [*(bytes([byte]) for byte in range(256)), *longer]
     num_base = len(vocabulary)
     architecture = replace(
         ARCHITECTURE,
@@ -52,6 +53,31 @@ def write_noise_model(model_dir: Path, schemas: str) -> None:
     write_checkpoint(model_dir, architecture, random_tensors(architecture, seed=1))
 
 
+def _learn_pairs(text: str) -> Iterator[bytes]:
+    """Those that come most often, in the order in which they are to be merged."""
+    words = Counter(tuple(bytes([byte]) for byte in piece.encode()) for piece in _PIECE.findall(text))
+    for _ in range(_NUM_PASSES):
+        counts: Counter[tuple[bytes, bytes]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                counts[pair] += count
+        pairs = {
+            first + second: (first, second) for (first, second), _ in counts.most_common(_PAIRS_OF_A_PASS)
+        }
+        yield from pairs
+        words = Counter({_merged(word, {*pairs.values()}): count for word, count in words.items()})
+
+
+def _merged(word: tuple[bytes, ...], pairs: Set[tuple[bytes, bytes]]) -> tuple[bytes, ...]:
+    merged: list[bytes] = []
+    for token in word:
+        if merged and (merged[-1], token) in pairs:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return tuple(merged)
+
+
 def ending_sampling(tokenizer: Tokenizer, **fields: Any) -> dict[str, Any]:
     """What makes noise end: closing tokens likelier, and those less that only make things longer."""
     base = range(tokenizer.num_base)
@@ -59,4 +85,4 @@ def ending_sampling(tokenizer: Tokenizer, **fields: Any) -> dict[str, Any]:
     closing += [tokenizer.special_id(CALL_END), tokenizer.special_id(SECTION_END)]
     longer = [i for i in base if tokenizer.token_bytes(i)[-1] in _LONGER]
     bias = {**dict.fromkeys(longer, -3.0), **dict.fromkeys(closing, 4.0)}
-    return {"temperature": 1.0, "max_tokens": 160, "logit_bias": bias, **fields}
+    return {"temperature": 1.0, "max_tokens": 120, "logit_bias": bias, **fields}

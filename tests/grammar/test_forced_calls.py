@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from k2dist.engine import LocalWorld
+from k2dist.scheduler import Limits
 from k2dist.service.answer_events import Accepted, AnswerEnd, Delta
 from k2dist.service.client import AsyncClient
 from k2dist.service.client_request import ClientRequest, PartialSampling
@@ -19,7 +21,6 @@ from k2dist.text.chat import Chat, ToolChoice
 from k2dist.text.tokenizer import Tokenizer
 from tests.grammar.conftest import CASES, Case, check_valid
 from tests.grammar.noise_model import ending_sampling
-from tests.grammar.test_engine import open_world
 from tests.grammar.test_service import USER, gather, open_service, service_config
 
 
@@ -40,7 +41,13 @@ class Outcome(NamedTuple):
 async def serve_both(model_dir: Path) -> AsyncIterator[Server]:
     config = service_config()
     gateway = GatewayActor(config)
-    with open_world(model_dir, max_running=128) as world:
+    world = LocalWorld(
+        model_dir,
+        limits=Limits(step_tokens=2048, max_running=128, max_waiting=512, chunk_tokens=256),
+        page_tokens=16,
+        num_pages=8192,
+    )
+    with world:
         async with open_service(config, model_dir, world) as address, AsyncClient(address) as client:
             url = f"http://{await gateway.start(address, '127.0.0.1:0')}"
             try:
@@ -85,10 +92,9 @@ async def call_one(server: Server, case: Case, seed: int) -> Outcome:
     """The three must be one answer, and a call that ended must be valid."""
     tool = {"type": "function", "function": {"name": "f", "parameters": case.schema}}
     said = ending_sampling(server.tokenizer, seed=seed)
-    (streamed, num_pieces), whole = await asyncio.gather(
-        streamed_call(server, tool, said), whole_call(server, tool, said)
-    )
+    streamed, num_pieces = await streamed_call(server, tool, said)
     again = await resumed(server, streamed)
+    whole = await whole_call(server, tool, said)
     assert (again.tool_calls, again.token_ids) == (streamed.tool_calls, streamed.token_ids), case.name
     calls = [
         (call["function"]["name"], call["function"]["arguments"])

@@ -245,6 +245,26 @@ def test_threads_make_the_masks_of_one(tokenizer: Tokenizer, grammars: Grammars,
     assert [bool(state.error) for state in states] == [False] * 21 + [True]
 
 
+def test_a_grammar_worn_by_many_outputs_serves_the_next(
+    bytes_tokenizer: Tokenizer, bytes_grammars: Grammars, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """They share what its lexer knows, which is bounded. Masks do not depend on what others have added."""
+    monkeypatch.setattr("k2dist.grammar.grammars._MAX_LEXER_STATES", 100)
+    bounded = Grammars(bytes_tokenizer, end_token_ids(bytes_tokenizer, None))
+    constraint = Regex(pattern="[ab]*a[ab]{30}")
+    draw = random.Random(seed)
+    kept = []
+    for _ in range(6):
+        state, twin = bounded.begin(constraint), bytes_grammars.begin(constraint)
+        for _ in range(60):
+            assert allowed(bounded, state) == allowed(bytes_grammars, twin)
+            token_id = draw.choice(b"ab")
+            state.advance(token_id)
+            twin.advance(token_id)
+        kept.append(bounded._compiled(constraint))
+    assert len({id(matcher) for matcher in kept}) > 1, "none was worn"
+
+
 def test_slices_of_the_vocabulary_change_no_mask(
     tokenizer: Tokenizer, grammars: Grammars, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -266,6 +286,10 @@ def test_after_the_end_everything_is_allowed(tokenizer: Tokenizer, grammars: Gra
     state = grammars.begin(Choice(choices=("a",)), b"a")
     state.advance(min(end_token_ids(tokenizer, None)))
     assert len(allowed(grammars, state)) >= tokenizer.vocab_size
+    masks = np.zeros((1, grammars.mask_bytes), dtype=np.uint8)
+    grammars.masks_into([state], masks)
+    assert (masks == 0xFF).all()
+    grammars.masks_into([], masks[:0])
     state.advance(7)
     assert not state.error
 

@@ -192,6 +192,7 @@ def test_what_the_model_writes_is_read(
     whole = collect(parse(small, tokens))
     assert whole == Answer(content, calls)
     assert collect(parse(small, tokens, cuts=range(len(tokens)))) == whole
+    assert all(collect(parse(small, tokens, cuts=[place])) == whole for place in range(len(tokens)))
 
 
 CUT: list[tuple[str, str, list[Part]]] = [
