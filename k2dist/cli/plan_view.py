@@ -52,8 +52,8 @@ def _start(start: StartEstimate) -> Iterator[str]:
     )
     if start.num_graphs:
         yield (
-            f"  then up to {start.num_graphs} graphs, {_seconds(start.recapture_s)} for all, each when a "
-            "step of its size first comes; again in each generation"
+            f"  of it {start.warm_s:.0f} s to compile kernels, {_seconds(start.recapture_s)} to record "
+            f"{start.num_graphs} graphs, these again in each generation"
         )
     yield (
         f"  a node reads {gb(start.node_bytes)} at {start.disk_rate / 1e9:g} GB/s; all nodes together "
