@@ -17,8 +17,9 @@ from k2dist.messages import Message
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
-# Of a layer's load on a rank, where that is to be captured: by guess, nothing measured stands behind it yet.
+# Of a layer's load on a rank, where that is to be captured. By the planner's arithmetic: not measured yet.
 GPU_CAPACITY_FACTOR = 1.25
+MOST_FRAMED_RANKS = 16
 # The largest port; a server asked for port 0 takes a free one.
 MAX_PORT = 65535
 
@@ -68,8 +69,9 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
 
     # In steps without prompts: room for so many times an even router's load on a rank (and its spread by
     # chance) is sent, used or not, and nobody waits to hear how much comes. More: more bytes; less: a step
-    # that does not fit is computed twice. None: exact, at one more exchange in each layer. auto: 1.25 on
-    # GPUs, since what is captured as a graph needs a capacity; exact on a CPU, where over gloo the two take
+    # that does not fit is computed twice. None: exact, at one more exchange in each layer. auto: 1.25 on up
+    # to 16 GPUs, since what is captured as a graph needs a capacity; exact on more, where frames send 2.3
+    # times as much (32 ranks, 256 rows a lane) to 5 times (128); exact on a CPU, where over gloo the two take
     # equally long.
     capacity_factor: Annotated[float, Meta(ge=1)] | Literal["auto"] | None = "auto"
     # Rows of a step from which it is computed in two halves where exchanges are exact, one's exchange behind
@@ -239,7 +241,8 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
         """`exchange.capacity_factor`, decided."""
         given = self.exchange.capacity_factor
         if given == "auto":
-            return GPU_CAPACITY_FACTOR if self.ranks.rank_gpus > 0 else None
+            is_framed = self.ranks.rank_gpus > 0 and self.parallel.world_size <= MOST_FRAMED_RANKS
+            return GPU_CAPACITY_FACTOR if is_framed else None
         return given
 
 

@@ -236,9 +236,10 @@ class RankRuntime:
             progress=progress.tested,
         )
         began_s = time.monotonic()
-        if self._spec.is_recording:
-            spec = self._spec
-            warm_up(self._model, spec.layout, spec.world_rank, self._rule, spec.limits, progress.warmed)
+        spec = self._spec
+        if spec.is_recording or spec.device == "cuda":
+            rule = self._rule if spec.is_recording else self._rule.only(())
+            warm_up(self._model, spec.layout, spec.world_rank, rule, spec.limits, progress.warmed)
         return LoadReport(
             num_tensors=len(plan.reads),
             num_bytes=plan.num_bytes,

@@ -40,7 +40,7 @@ class Readiness(Message, frozen=True, kw_only=True):
 
 
 def _shown(seconds: LoadSeconds) -> list[tuple[str, str]]:
-    if seconds.record_s > 0.0 and seconds.warm_s > 0.0:
+    if seconds.warm_s > 0.0:
         return list(_PARTS)
     return [(field, word) for field, word in _PARTS if field not in _ONLY_WHERE_RECORDED]
 

@@ -70,7 +70,7 @@ def recorded_bytes(
     if not terms.recorded:
         return 0
     most = terms.recorded[0]
-    step = replace(terms, step_tokens=most.rows)
+    step = replace(terms, step_tokens=most.rows, max_samples=0)  # logits are in no graph
     own_rows = -(-most.rows // tp) if has_lane else 0
     num_bytes = len(terms.recorded) * ASSUMED.graph_bytes
     if slots is not None:

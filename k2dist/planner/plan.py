@@ -194,6 +194,7 @@ def _how_it_decodes(config: ClusterConfig, num_graphs: int) -> str:
     if config.ranks.graphs == "off":
         return "ranks.graphs=off: decode steps are launched kernel by kernel, not as graphs"
     return (
-        "exchange.capacity_factor=null: decode steps are launched kernel by kernel, not as graphs, and every "
-        "MoE layer waits to hear how much comes; without that line it is 1.25 on GPUs"
+        "exchange.capacity_factor: none, so decode steps are launched kernel by kernel, not as graphs, and "
+        "every MoE layer waits to hear how much comes; with 1.25 they are recorded, in frames that many ranks "
+        "fill badly"
     )

@@ -20,8 +20,8 @@ class AtRate(Message, frozen=True, kw_only=True):
 class StartEstimate(Message, frozen=True, kw_only=True):
     """All ranks of a node read side by side over one disk or mount, then lay out and test each for itself.
 
-    `load_s`: reading and laying out. `warm_s`: a step of every size, for which kernels are compiled; 0 where
-    none is recorded. `recapture_s`: of all graphs together, before the first request and again in each
+    `load_s`: reading and laying out. `warm_s`: a step of every size, for which kernels are compiled; 0 on a
+    CPU. `recapture_s`: of all graphs together, before the first request and again in each
     generation. `ready_s`: from the command to the first request.
     """
 
@@ -50,7 +50,7 @@ def estimate_start(ranks: Sequence[RankMemory], site: Site, num_graphs: int) -> 
     start_s = assumed.start_s
     test_s = rank_bytes / assumed.test_rate
     recapture_s = num_graphs * assumed.capture_s
-    warm_s = assumed.compile_s if num_graphs else 0.0
+    warm_s = 0.0 if site.is_cpu else assumed.compile_s
     after_s = test_s + warm_s + assumed.join_s + recapture_s
 
     def at(disk_rate: float) -> AtRate:

@@ -322,12 +322,15 @@ def test_who_waits_is_seen(tiny_model_dir: Any) -> None:
 
 
 def specialised(kernel: Any, args: Any, options: dict[str, Any]) -> tuple[object, ...]:
-    """What Triton compiles a kernel anew for: constants, types, integers that are 1 or multiples of 16."""
+    """What Triton compiles a kernel anew for: constants, types, integers that are 1 or multiples of 16, and
+    addresses that are."""
     is_bound = not isinstance(kernel, jit.Kernel)
     function = kernel.fn if is_bound else kernel.function
     varies = {p.name for p in kernel.params if p.do_not_specialize} if is_bound else set(kernel.varies)
     of_args = [
-        x.dtype if isinstance(x, Tensor) else (x == 1, x % 16 == 0) if isinstance(x, int) else type(x)
+        (x.dtype, x.storage_offset() * x.itemsize % 16 == 0)
+        if isinstance(x, Tensor)
+        else ((x == 1, x % 16 == 0) if isinstance(x, int) else type(x))
         for name, x in zip(inspect.signature(function).parameters, args, strict=False)
         if name not in varies
     ]
