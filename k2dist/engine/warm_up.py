@@ -35,7 +35,8 @@ def warm_up(
     and made-up peers send it none.
     """
     place = layout.place(world_rank)
-    homes = [expert_homes(layout, layer, world_rank) for layer in range(model.architecture.num_moe_layers)]
+    num_layers = model.architecture.num_moe_layers
+    homes = [expert_homes(layout, layer, place.world_rank) for layer in range(num_layers)]
     world = RehearsalCommunicator(world_rank, layout.world_size)
     lane = None if place.tp_rank is None else RehearsalCommunicator(place.tp_rank, layout.tp)
     exchange = Exchange(world, homes, model.device)

@@ -195,6 +195,6 @@ def _how_it_decodes(config: ClusterConfig, num_graphs: int) -> str:
         return "ranks.graphs=off: decode steps are launched kernel by kernel, not as graphs"
     return (
         "exchange.capacity_factor: none, so decode steps are launched kernel by kernel, not as graphs, and "
-        "every MoE layer waits to hear how much comes; with 1.25 they are recorded, in frames that many ranks "
-        "fill badly"
+        "every MoE layer waits to hear how much comes; with 1.25 they are recorded, in frames that many "
+        "ranks fill badly"
     )
