@@ -21,15 +21,13 @@ test: $(VENV)/installed-test
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow --durations=10
 
-# With one CUDA device, in under 9 minutes: no Ray. Where PYTHON has torch, triton, numpy and pytest and nothing
+# With one CUDA device, in under 9 minutes, no Ray: tests, benches, and one table of targets. Where PYTHON has torch, triton, numpy and pytest and nothing
 # else can be fetched, `make gpu-carry` elsewhere first: it unpacks the few wheels that the engine wants into .gpu.
+GPU_OUT ?= gpu-run
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/.gpu
 gpu:
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: no CUDA device")'
-	$(GPU_PYTHON) -m pytest tests/engine/test_gpu.py tests/comm/test_nccl.py tests/kernels -m gpu --durations=10
-	$(GPU_PYTHON) -m k2dist.rehearsal.device_step
-	$(GPU_PYTHON) -m k2kernels.bench --seconds 150
+	$(GPU_PYTHON) -m k2dist.rehearsal.gpu --out $(GPU_OUT)
 
 GPU_WHEELS = msgspec tiktoken regex llguidance jinja2 markupsafe safetensors hypothesis sortedcontainers
 gpu-carry: $(VENV)/bin/python

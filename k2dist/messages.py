@@ -233,16 +233,23 @@ class LoadSeconds(Message, frozen=True, kw_only=True):
     read_s: float  # its tensors
     lay_out_s: float  # for the kernels, and its pages
     test_s: float
+    warm_s: float = 0.0  # steps of every size, so that their kernels are compiled
+    record_s: float = 0.0  # graphs of these, with the other ranks
 
 
 class RankProgress(Message, frozen=True, kw_only=True):
-    """How far a rank is before it is ready: its shard is loaded first, then tested."""
+    """How far a rank is before it is ready: its shard is loaded, then tested; where steps are recorded, they
+    are computed once in every size, and recorded once it has met the others."""
 
     num_bytes: int = 0  # of the shard; 0: not known yet
     num_bytes_loaded: int = 0
     num_bytes_tested: int = 0
     find_s: float = 0.0  # as in LoadSeconds, as far as it is known
     read_s: float = 0.0
+    num_sizes: int = 0  # of steps, to be warmed
+    num_sizes_warm: int = 0
+    num_graphs: int = 0  # to be recorded, in this generation
+    num_graphs_recorded: int = 0
     seconds: LoadSeconds | None = None  # once it is ready
 
 
@@ -329,4 +336,7 @@ class RankStats(Message, frozen=True, kw_only=True):
     expert_load: tuple[tuple[int, ...], ...]  # [moe layer][slot]: rows this rank's experts computed
     groups: tuple[GroupStats, ...] = ()  # those it is in; a group of one never waits, and is left out
     num_steps_replayed: int = 0  # from graphs; all others ran eagerly
+    num_decodes_eager: int = (
+        0  # of these, steps without prompts, of any lane: no graph of their size is there
+    )
     num_recorded: int = 0  # graphs, one for each size of a step

@@ -53,9 +53,14 @@ def _architecture(config: ClusterConfig) -> Architecture:
 
 
 def start_s(config: ClusterConfig) -> float:
-    """How long it may take until it serves: machines, processes, weights, rendezvous."""
+    """How long it may take until it serves: machines, processes, weights, rendezvous, graphs."""
     limits = config.deadlines
-    return limits.nodes_s + limits.start_s + machine_bytes(config) / DISK_BYTES_PER_S + limits.join_s
+    return limits.nodes_s + limits.start_s + machine_bytes(config) / DISK_BYTES_PER_S + _meeting_s(config)
+
+
+def _meeting_s(config: ClusterConfig) -> float:
+    limits = config.deadlines
+    return limits.join_s + (limits.record_s if config.ranks.rank_gpus > 0 else 0.0)
 
 
 def summary(overlay: str, objects: tuple[Object, ...]) -> Iterator[str]:
@@ -106,7 +111,7 @@ def _said_of_start(config: ClusterConfig, objects: tuple[Object, ...]) -> Iterat
     speed, read_s = DISK_BYTES_PER_S / 1e9, num_bytes / DISK_BYTES_PER_S
     yield (
         f"start: at most {start_s(config):,.0f} s = machines {limits.nodes_s:,.0f} + processes "
-        f"{limits.start_s:,.0f} + weights {read_s:,.0f} + meeting {limits.join_s:,.0f}"
+        f"{limits.start_s:,.0f} + weights {read_s:,.0f} + meeting {_meeting_s(config):,.0f}"
     )
     yield f"  a machine reads {num_bytes / 1e9:,.1f} GB of weights, here at {speed:g} GB/s"
     for group in pod_groups(objects):

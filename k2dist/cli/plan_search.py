@@ -62,7 +62,7 @@ def _lines(found: Sequence[Found], workload: Workload, write: Path | None) -> It
 def _line(one: Found) -> str:
     config, serving = one.config, one.serving
     parallel = config.parallel
-    exchange = "exact" if config.exchange.capacity_factor is None else f"{config.exchange.capacity_factor:g}"
+    exchange = "exact" if config.capacity_factor is None else f"{config.capacity_factor:g}"
     return (
         f"{config.nodes.num_nodes:6} {parallel.lanes:6} x {parallel.tp:<3} {one.copies:7} {exchange:>9} "
         f"{one.tokens_per_lane:14,} {serving.concurrency:9,} {serving.output_tokens_per_s:9,.0f} "

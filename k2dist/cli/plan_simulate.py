@@ -60,8 +60,7 @@ def run_simulation(
     if asked.lose is not None:
         world_rank, at_s = read_loss(asked.lose, layout.world_size)
         rank = plan.memory.ranks[world_rank]
-        recapture_s = assumed.capture_s if plan.start.num_graphs else 0.0  # of the size that is in use
-        loss = loss_of(architecture, layout, rank, site, at_s, recapture_s)
+        loss = loss_of(architecture, layout, rank, site, at_s, plan.start.recapture_s)
     arrivals = _arrivals(asked, workload)
     is_closed = asked.trace is None and asked.rate is None
     most_open = (workload.concurrency or plan.estimate.serving.concurrency) if is_closed else None

@@ -50,11 +50,9 @@ def _start(start: StartEstimate) -> Iterator[str]:
         f"start, about {_seconds(start.ready_s)}: processes {start.start_s:.0f} s, load "
         f"{_seconds(start.load_s)}, self-test {start.test_s:.0f} s, join {start.join_s:.0f} s"
     )
-    if start.num_graphs:
-        yield (
-            f"  then up to {start.num_graphs} graphs, {_seconds(start.recapture_s)} for all, each when a "
-            "step of its size first comes; again in each generation"
-        )
+    if start.warm_s:
+        recording = f"{_seconds(start.recapture_s)} to record {start.num_graphs} graphs, in each generation"
+        yield f"  of it {start.warm_s:.0f} s to compile kernels" + (f", {recording}" * bool(start.num_graphs))
     yield (
         f"  a node reads {gb(start.node_bytes)} at {start.disk_rate / 1e9:g} GB/s; all nodes together "
         f"{gb(start.total_bytes)}, the fullest rank {gb(start.rank_bytes)}"

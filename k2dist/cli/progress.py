@@ -162,6 +162,9 @@ class _Bars:
             work = work_of([rank.progress])
             if work.total == 0:
                 continue
+            if not work.is_bytes:
+                self.stage(f"{_STAGES[status.phase]}: rank {rank.world_rank} {work_line(work, Pace())}")
+                continue
             if (rank.world_rank, work.what) not in self._bars:
                 earlier = self._bars.pop((rank.world_rank, "loaded"), None)
                 if earlier is not None:  # a new bar, so that the rate is of the test alone

@@ -8,6 +8,7 @@ and 6.3 ms at p95 while four ranks step on 2 cores, at Python's own switch inter
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +69,10 @@ class RankActor:
     # -- one after the other ---------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read this rank's own bytes, and test them. Errors: CheckpointError, FaultyRankError."""
+        """Read this rank's own bytes, test them, and take a step of each size that will be recorded.
+
+        Errors: CheckpointError, FaultyRankError.
+        """
         from k2dist.cluster.rank_spec import rank_spec
         from k2dist.engine import RankRuntime
 
@@ -80,12 +84,13 @@ class RankActor:
             read_s=progress.read_s,
             lay_out_s=report.load_s - progress.find_s - progress.read_s,
             test_s=report.self_test.test_s,
+            warm_s=report.warm_s,
         )
         self._progress = replace(progress, seconds=seconds)
         self._runtime = runtime
 
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
-        """Become a member of all groups of a generation; `peers` are all rank actors.
+        """Become a member of all groups of a generation, and record its steps; `peers` are all rank actors.
 
         Errors: PeerError; ConfigError if ranks are not alike.
         """
@@ -108,6 +113,11 @@ class RankActor:
             allows_mix=config.ranks.allow_mix,
         )
         self._loaded().join(comms, _ActorBells(peers), meeting.generation)
+        began_s = time.monotonic()
+        self._loaded().record(self._note_recorded)
+        if self._progress.seconds is not None:
+            seconds = replace(self._progress.seconds, record_s=time.monotonic() - began_s)
+            self._progress = replace(self._progress, seconds=seconds)
 
     def run(self) -> None:
         """Step until `stop`. Errors: PeerError, FencedError; what the lane had open has then failed."""
@@ -181,6 +191,9 @@ class RankActor:
 
     def _note_progress(self, progress: RankProgress) -> None:
         self._progress = progress
+
+    def _note_recorded(self, num_recorded: int, num_graphs: int) -> None:
+        self._progress = replace(self._progress, num_graphs_recorded=num_recorded, num_graphs=num_graphs)
 
 
 class _ActorBells:

@@ -73,6 +73,7 @@ class RankProcesses:
     async def join(self, action: JoinGeneration, meeting: Rendezvous) -> Joined | Failed | Died:
         try:
             await self._actors[action.world_rank].join.remote(meeting, self._in_order())
+            await self.ask_progress(action.world_rank)  # how long it took to record its steps
         except RayError as error:
             return _trouble(action, error)
         return Joined(action.world_rank, action.incarnation, action.generation)

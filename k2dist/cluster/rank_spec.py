@@ -19,10 +19,11 @@ def rank_spec(world: World, world_rank: WorldRank) -> RankSpec:
         limits=Limits.of(config),
         kernels=config.kernels,
         dtype=config.dtype,
-        capacity_factor=config.exchange.capacity_factor,
+        capacity_factor=config.capacity_factor,
         retain_s=config.service.retain_s,
         device="cuda" if config.ranks.rank_gpus > 0 else "cpu",
         experts_device=config.ranks.experts_device,
         graphs=config.ranks.graphs,
+        record_s=config.deadlines.record_s,
         split_tokens=config.exchange.split_tokens,
     )

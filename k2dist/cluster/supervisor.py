@@ -196,7 +196,7 @@ class Supervisor:
                     self._gateway.create()
             case LoadRank():
                 self._spawn_event(self._ranks.load(action))
-                self._spawn(self._follow_load(action))
+                self._spawn(self._follow(action.world_rank, RankState.LOADING))
             case JoinGeneration():
                 self._spawn(self._join(action))
             case RunRank():
@@ -227,10 +227,9 @@ class Supervisor:
         else:
             self._take(Placed())
 
-    async def _follow_load(self, action: LoadRank) -> None:
-        """Keep the status up to date while the rank loads."""
-        rank = action.world_rank
-        while self._table.ranks[rank].state is RankState.LOADING:
+    async def _follow(self, rank: WorldRank, state: RankState) -> None:
+        """Keep the status up to date while the rank is in `state`: it loads, or records its steps."""
+        while self._table.ranks[rank].state is state:
             before = self._ranks.progress.get(rank)
             await self._ranks.ask_progress(rank)
             if self._ranks.progress.get(rank) != before:
@@ -246,6 +245,7 @@ class Supervisor:
         except K2Error as error:
             self._take(Failed(action.world_rank, action.incarnation, str(error)))
             return
+        self._spawn(self._follow(action.world_rank, RankState.READY))
         self._take(await self._ranks.join(action, meeting))
 
     async def _host_store(self, generation: Generation) -> Rendezvous:

@@ -29,7 +29,6 @@ class StepAgreement(Message, frozen=True, kw_only=True):
     has_prompts: bool = False
     has_decodes: bool = False
     num_pages: int = 0  # of the longest table of a decode row [the most]
-    can_replay: bool = False  # this rank replays steps that were recorded, where their form allows it [all]
 
 
 def agree(comm: Communicator, mine: StepAgreement) -> StepAgreement:
@@ -58,7 +57,6 @@ def combine(by_rank: Sequence[StepAgreement]) -> StepAgreement:
         has_prompts=any(word.has_prompts for word in by_rank),
         has_decodes=any(word.has_decodes for word in by_rank),
         num_pages=max(word.num_pages for word in by_rank),
-        can_replay=all(word.can_replay for word in by_rank),
     )
 
 

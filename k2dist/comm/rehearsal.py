@@ -3,7 +3,7 @@
 Made up is only what arrives. Shapes, dtypes, counts and bytes are those of a real group; values are plausible
 and the same in every run:
 
-    all collectives but one      rows from a peer are this rank's own, over and over
+    all collectives but one      rows from a peer are those that go to this rank itself, over and over
     dispatch of the exchange     rows from a peer are drawn beforehand (`PeerRows`): which slots of this rank
                                  each one is for decides how much its experts compute
 
@@ -63,9 +63,8 @@ class RehearsalCommunicator(MeshCommunicator):
             self._count(send, recv, x_NB.shape[1])
             (first, last), (begin, end) = starts(send)[self._rank], starts(recv)[self._rank]
             assert last - first == end - begin, f"{call}: {last - first} rows for oneself, {end - begin} come"
-            return torch.cat(
-                (_repeated(x_NB, begin), x_NB[first:last], _repeated(x_NB, sum(recv) - end)), dim=0
-            )
+            own_NB = x_NB[first:last]
+            return torch.cat((_repeated(own_NB, begin), own_NB, _repeated(own_NB, sum(recv) - end)), dim=0)
 
     def _count(self, send: Sequence[int], recv: Sequence[int], row_bytes: int) -> None:
         self.num_bytes_sent += (sum(send) - send[self._rank]) * row_bytes

@@ -17,6 +17,9 @@ from k2dist.messages import Message
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
+# Of a layer's load on a rank, where that is to be captured. By the planner's arithmetic: not measured yet.
+GPU_CAPACITY_FACTOR = 1.25
+MOST_FRAMED_RANKS = 16
 # The largest port; a server asked for port 0 takes a free one.
 MAX_PORT = 65535
 
@@ -66,9 +69,11 @@ class ExchangeConfig(Message, frozen=True, kw_only=True):
 
     # In steps without prompts: room for so many times an even router's load on a rank (and its spread by
     # chance) is sent, used or not, and nobody waits to hear how much comes. More: more bytes; less: a step
-    # that does not fit is computed twice. None: exact, at one more exchange in each layer. On a CPU over gloo
-    # the two take equally long; what has to be captured as a graph needs a capacity, and 1.25 is a start.
-    capacity_factor: Annotated[float, Meta(ge=1)] | None = None
+    # that does not fit is computed twice. None: exact, at one more exchange in each layer. auto: 1.25 on up
+    # to 16 GPUs, since what is captured as a graph needs a capacity; exact on more, where frames send 2.3
+    # times as much (32 ranks, 256 rows a lane) to 5 times (128); exact on a CPU, where over gloo the two take
+    # equally long.
+    capacity_factor: Annotated[float, Meta(ge=1)] | Literal["auto"] | None = "auto"
     # Rows of a step from which it is computed in two halves where exchanges are exact, one's exchange behind
     # the other's attention. Less: more is hidden, and weights are read twice more often. None: never. Over
     # gloo it never paid, since both need the cores (2 of them: 0.43 s for 0.44 at 1,024 rows a lane, 0.12 for
@@ -131,11 +136,19 @@ class DeadlinesConfig(Message, frozen=True, kw_only=True):
     start_s: Seconds = 120.0  # the placement group, and then each process
     load_s: Seconds = 3600.0  # one rank's shard: its bytes, at the speed of the storage
     join_s: Seconds = 60.0  # all ranks meeting in a generation
+    # After that, on GPUs: graphs of decode steps, one for each size. Sizes that are left by then are launched
+    # kernel by kernel in this generation, or padded to a larger one.
+    record_s: Seconds = 300.0
     call_s: Seconds = 30.0  # an answer to one control call: admit, cancel, stats
     drain_s: Seconds = 30.0  # accepted requests, once the cluster is to end
     stop_s: Seconds = 10.0  # ranks leaving their loops; the placement group's removal
     lease_beat_s: Seconds = 1.0  # how often the driver says that it lives
     lease_s: Seconds = 30.0  # without a beat; at least three beats, or one late beat ends the cluster
+
+    @property
+    def joined_s(self) -> float:
+        """A rank keeps join_s and record_s itself; one that has not joined after both hangs."""
+        return self.join_s + self.record_s
 
 
 class RayConfig(Message, frozen=True, kw_only=True):
@@ -227,6 +240,15 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
     ray: RayConfig = RayConfig()
     service: ServiceConfig = ServiceConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """`exchange.capacity_factor`, decided."""
+        given = self.exchange.capacity_factor
+        if given == "auto":
+            is_framed = self.ranks.rank_gpus > 0 and self.parallel.world_size <= MOST_FRAMED_RANKS
+            return GPU_CAPACITY_FACTOR if is_framed else None
+        return given
 
 
 def faults_between(config: ClusterConfig) -> Iterator[str]:

@@ -2,24 +2,20 @@
 
 prompts, more rows than recorded for     rows as they are, exact exchange
 generated rows alone                     frames of a fixed capacity, where the config gives one
-and every rank replays                   so many rows as the bucket has; those behind the step's are none
+of a size that all ranks have recorded   so many rows as that has; those behind the step's are none
+
+All lanes take the size that the busiest one needs. A lane with fewer rows, or none, could be given a smaller
+one, and nobody would be done sooner: every MoE layer waits for the busiest lane, a padded row costs no
+expert, and weights are read once for any number of rows. It would take a graph for every pair of sizes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from k2dist.comm import Capacity, CapacityRule, StepAgreement
 from k2dist.engine.shares import even_shares
-from k2dist.parallel.buckets import page_buckets, row_buckets
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Sizes of a recorded step: rows of a lane, and pages of each row's table."""
-
-    rows: int
-    pages: int
+from k2dist.parallel.buckets import Bucket, buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +29,15 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class FormRule:
-    """`buckets`: rows and pages to choose from, ascending. `padding`: of steps without prompts.
+    """`buckets`: of recorded steps, or of those to be recorded; descending. `padding`: of steps without
+    prompts.
 
     `split_tokens`: rows of a step from which it is taken in two parts; None: never.
     """
 
     tp: int
-    world_size: int
     padding: CapacityRule | None
-    row_buckets: tuple[int, ...]
-    page_buckets: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
     split_tokens: int | None = None
 
     @classmethod
@@ -56,23 +51,29 @@ class FormRule:
         most_pages: int,
         split_tokens: int | None,
     ) -> FormRule:
-        """`most_rows`, `most_pages`: of the largest step of generated rows that should be replayed."""
-        return cls(tp, world_size, padding, row_buckets(most_rows), page_buckets(most_pages), split_tokens)
+        """`most_rows`, `most_pages`: of the largest step of generated rows that should be replayed. None is
+        where rows travel and no capacity is given."""
+        can_record = padding is not None or world_size == 1
+        return cls(tp, padding, buckets(most_rows, most_pages) if can_record else (), split_tokens)
 
-    @property
-    def can_record(self) -> bool:
-        """Whether any step can be: what travels needs a capacity."""
-        return self.padding is not None or self.world_size == 1
+    def only(self, recorded: tuple[Bucket, ...]) -> FormRule:
+        """The rule once so many sizes are recorded, on all ranks, and no others will be."""
+        return replace(self, buckets=recorded)
 
     def form(self, agreed: StepAgreement) -> Form:
         """Of the step that `agreed` is of."""
         if agreed.has_prompts:
             return self._exact(agreed)
-        bucket = self._bucket(agreed) if agreed.can_replay and self.can_record else None
-        if bucket is None and self.padding is None:
+        bucket = self._bucket(agreed)
+        if bucket is not None:
+            return self.recorded(bucket)
+        if self.padding is None:
             return self._exact(agreed)
-        num_rows = agreed.num_rows if bucket is None else bucket.rows
-        return Form(self._capacity(num_rows), bucket)
+        return Form(self._capacity(agreed.num_rows))
+
+    def recorded(self, bucket: Bucket) -> Form:
+        """Of every step of this size."""
+        return Form(self._capacity(bucket.rows), bucket)
 
     def _exact(self, agreed: StepAgreement) -> Form:
         """In parts where there is enough for two."""
@@ -83,6 +84,6 @@ class FormRule:
         return None if self.padding is None else self.padding.capacity(max(even_shares(num_rows, self.tp)))
 
     def _bucket(self, agreed: StepAgreement) -> Bucket | None:
-        rows = next((size for size in self.row_buckets if size >= agreed.num_rows), None)
-        pages = next((size for size in self.page_buckets if size >= agreed.num_pages), None)
-        return None if rows is None or pages is None else Bucket(rows, pages)
+        """The smallest that holds the step; fewer rows before fewer pages."""
+        fitting = (b for b in self.buckets if b.rows >= agreed.num_rows and b.pages >= agreed.num_pages)
+        return min(fitting, default=None)

@@ -1,10 +1,9 @@
 """From a batch to its last hidden rows, in the form that all ranks have agreed on (`form`).
 
     eager      the batch goes to the device, and the decoder runs
-    recorded   the batch goes into a static one. The first step of a form runs eagerly on it: then kernels are
-               compiled and memory is there. The second records it, and it and all later ones replay
+    recorded   the batch goes into a static one, and what was recorded of its size is replayed
 
-Every rank does alike, since forms follow from agreements: graphs that hold collectives are recorded together.
+Sizes are recorded before the first step (`recording`), by all ranks together: graphs hold collectives.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ from torch import Tensor
 from k2dist.comm import Communicator, Exchange, PaddedExchange, TokenExchange
 from k2dist.config import Architecture
 from k2dist.engine.aside import Aside
-from k2dist.engine.form import Bucket, Form
+from k2dist.engine.form import Form
 from k2dist.engine.graphs import Recorder, Recording
 from k2dist.engine.split import halves
-from k2dist.engine.staging import Staged, Staging
-from k2dist.engine.static_batch import StaticBatch
+from k2dist.engine.staging import Staged
+from k2dist.engine.static_batch import StaticBatch, StaticRoom
 from k2dist.model import decoder
 from k2dist.model.batch import Batch
 from k2dist.model.latent_cache import LatentCache
 from k2dist.model.pieces import Pieces, in_line, side_by_side
 from k2dist.model.transfer import to_device
 from k2dist.model.weights import Weights
+from k2dist.parallel.buckets import Bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +67,25 @@ class Hidden:
         return self.done is None or self.done.query()
 
 
+@dataclass(frozen=True, slots=True)
 class _Static:
-    """One form's static batch and what has become of it."""
+    """One form's static batch (None on a rank without a lane) and its exchange."""
 
-    def __init__(self, batch: StaticBatch | None, exchange: PaddedExchange, staging: Staging | None) -> None:
-        self.batch = batch
-        self.exchange = exchange
-        self.staging = staging
-        self.has_run = False
-        self.recording: Recording | None = None
-        self.num_bytes_sent = 0  # in each step: a replay counts nothing on the host
+    batch: StaticBatch | None
+    exchange: PaddedExchange
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    static: _Static
+    recording: Recording
+    num_bytes_sent: int  # in each step: a replay counts nothing on the host
 
 
 class ForwardPass:
     """One rank's, in one generation. `stage` belongs to the step loop, all else to the device thread.
 
-    `recorder`: None: every step is eager.
+    `most`: room is made for static batches up to this size; None: every step is eager.
     """
 
     def __init__(
@@ -90,33 +93,58 @@ class ForwardPass:
         model: Model,
         lane: Communicator | None,
         exchange: Exchange,
-        recorder: Recorder | None,
+        most: Bucket | None = None,
     ) -> None:
         self._model = model
         self._lane = lane
         self._exchange = exchange
-        self._recorder = recorder
-        self._statics: dict[Form, _Static] = {}
+        self._room: StaticRoom | None = None
+        if most is not None and lane is not None:
+            kernels, width = model.kernels, model.architecture.hidden_size
+            self._room = StaticRoom(most, width, kernels.dtype, model.device)
+        self._recorded: dict[Form, _Recorded] = {}
         self._aside = Aside(model.device)
         self.num_steps_replayed = 0
-        self.num_recorded = 0
+
+    @property
+    def num_recorded(self) -> int:
+        return len(self._recorded)
+
+    def try_out(self, form: Form) -> None:
+        """Compute a step of a bucket's size without a row that is any. Collective. Nothing is counted but
+        calls."""
+        assert form.bucket is not None, "only buckets have a size"
+        self._compute(self._static(form, form.bucket))
+
+    def record(self, form: Form, recorder: Recorder) -> None:
+        """Try `form` out, then record it: from now on its steps are replayed. Collective."""
+        assert form.bucket is not None, "only buckets have a size"
+        static = self._static(form, form.bucket)
+        self._compute(static)
+        num_bytes_sent = static.exchange.num_bytes_sent
+        recording = recorder.record(partial(self._static_pieces, static))
+        self._recorded[form] = _Recorded(static, recording, num_bytes_sent)
+        self.settle()
+
+    def settle(self) -> None:
+        """Before the host reads, or goes on to something else: a peer that is late is found here."""
+        self._exchange.comm.settle()
+        if self._lane is not None:
+            self._lane.settle()
 
     def stage(self, batch: Batch, form: Form) -> StagedBatch:
         """Send `batch`, on the CPU, on its way to the device, beside what computes there."""
-        if form.bucket is None:
+        static = None if form.bucket is None else self._recorded[form].static.batch
+        if static is None or self._room is None:
             return StagedBatch(batch, form, None)
-        if form not in self._statics:
-            self._statics[form] = self._static(form, form.bucket)
-        static = self._statics[form]
-        if static.batch is None or static.staging is None:
-            return StagedBatch(batch, form, None)
-        return StagedBatch(batch, form, static.staging.put(partial(static.batch.fill_, batch=batch)))
+        fill_ = partial(static.fill_, batch=batch)
+        return StagedBatch(batch, form, self._room.staging.put(fill_, len(static.buffer)))
 
     def run(self, staged: StagedBatch) -> Hidden:
         """The last hidden rows; exchanged in frames where the form says so."""
         form = staged.form
         if form.bucket is not None:
-            return self._recorded(staged, self._statics[form])
+            return self._replayed(staged, self._recorded[form])
         if form.capacity is None:
             return self.exactly(staged)
         padded = PaddedExchange(self._exchange, form.capacity)
@@ -143,38 +171,39 @@ class ForwardPass:
             batch, model.weights, model.cache, self._lane, exchange, model.architecture, model.kernels
         )
 
-    def _recorded(self, staged: StagedBatch, static: _Static) -> Hidden:
-        assert self._recorder is not None, "forms with buckets are for ranks that record"
+    def _replayed(self, staged: StagedBatch, recorded: _Recorded) -> Hidden:
+        static = recorded.static
         if static.batch is not None and staged.staged is not None:
             staged.staged.copy_to_(static.batch.buffer)
             static.batch.put_tokens_(staged.batch.token_T)
-        begin = partial(self._static_pieces, static)
-        if not static.has_run:
-            x_BD = in_line(begin())
-            static.has_run = True
-            static.num_bytes_sent = static.exchange.num_bytes_sent
-        else:
-            if static.recording is None:
-                static.recording = self._recorder.record(begin)
-                self.num_recorded += 1
-            x_BD = static.recording.replay()
-            self.num_steps_replayed += 1
+        x_BD = recorded.recording.replay()
+        self.num_steps_replayed += 1
         x_SD = x_BD[: len(staged.batch.sample_S)]
-        return self._hidden(x_SD, static.exchange, static.num_bytes_sent)
+        return self._hidden(x_SD, static.exchange, recorded.num_bytes_sent)
+
+    def _compute(self, static: _Static) -> None:
+        """A step of rows that are none: kernels are compiled for its shapes, and memory is there."""
+        if static.batch is not None and self._room is not None:
+            fill_ = partial(static.batch.fill_, batch=Batch.empty(self._model.tp))
+            self._room.staging.put(fill_, len(static.batch.buffer)).copy_to_(static.batch.buffer)
+        in_line(self._static_pieces(static))
+        self.settle()
 
     def _static_pieces(self, static: _Static) -> Pieces:
+        """Of the rows that the static batch holds. What it gives is where the next size's is, too."""
         static.exchange.begin(None if static.batch is None else static.batch.is_own_row())
-        batch = Batch.empty(self._model.tp, self._model.device)
-        x_BD = yield from self._pieces(batch if static.batch is None else static.batch.batch, static.exchange)
-        return x_BD
+        if static.batch is None:
+            nobody = Batch.empty(self._model.tp, self._model.device)
+            return (yield from self._pieces(nobody, static.exchange))
+        x_BD = yield from self._pieces(static.batch.batch, static.exchange)
+        return static.batch.hidden_BD.copy_(x_BD)
 
     def _static(self, form: Form, bucket: Bucket) -> _Static:
         model = self._model
         exchange = PaddedExchange(self._exchange, form.capacity)
-        if self._lane is None or model.cache is None:
-            return _Static(None, exchange, None)
-        batch = StaticBatch(bucket, model.tp, self._lane.rank, model.cache, model.device)
-        return _Static(batch, exchange, Staging(StaticBatch.size(bucket), model.device))
+        if self._lane is None or model.cache is None or self._room is None:
+            return _Static(None, exchange)
+        return _Static(StaticBatch(bucket, model.tp, self._lane.rank, model.cache, self._room), exchange)
 
     def _hidden(self, x_SD: Tensor, padded: PaddedExchange | None, num_bytes: int) -> Hidden:
         """Counts a padded step, whose frames took `num_bytes`."""

@@ -90,18 +90,22 @@ class LocalWorld:
             rank.ring(epoch)
 
     def start(self, tell: Callable[[int, RankProgress], object] | None = None) -> None:
-        """Load one rank after the other, and `tell` for each number how far it is; then run all."""
+        """Load one rank after the other, and `tell` for each number how far it is; then run all, and return
+        once they have recorded their steps."""
         for w, (rank, comms) in enumerate(
             zip(self.ranks, _connect(self.layout, self._step_deadline_s), strict=True)
         ):
             rank.load(None if tell is None else partial(tell, w))
             rank.join(comms, self, Generation(0))
+        are_ready = [threading.Event() for _ in self.ranks]
         self._threads = [
-            threading.Thread(target=self._host, args=(rank,), name=f"rank-{w}", daemon=True)
-            for w, rank in enumerate(self.ranks)
+            threading.Thread(target=self._host, args=(rank, is_ready), name=f"rank-{w}", daemon=True)
+            for w, (rank, is_ready) in enumerate(zip(self.ranks, are_ready, strict=True))
         ]
         for thread in self._threads:
             thread.start()
+        for is_ready in are_ready:
+            is_ready.wait()
 
     def close(self) -> None:
         """Stop after the step under way, and wait for the threads. What still runs gets no further event."""
@@ -166,8 +170,10 @@ class LocalWorld:
             self.raise_failure()
         return outputs
 
-    def _host(self, rank: RankRuntime) -> None:
+    def _host(self, rank: RankRuntime, is_ready: threading.Event) -> None:
         try:
+            rank.record()
+            is_ready.set()
             rank.run()
         except FencedError:
             return  # because of another rank, which says why
@@ -175,6 +181,8 @@ class LocalWorld:
             self._failures.put(error)
             for other in self.ranks:
                 other.fence()
+        finally:
+            is_ready.set()
 
 
 def _connect(layout: Layout, deadline_s: float) -> list[RankComms]:

@@ -1,7 +1,9 @@
 """A rank from its first byte to its last step.
 
-    load      read this rank's bytes, lay them out for the kernels, allocate the latent cache, self-test
+    load      read this rank's bytes, lay them out for the kernels, allocate the latent cache, self-test;
+              where steps are recorded, compute one of every size
     join      become a member of a generation's groups; weights and pages outlive generations
+    record    with all other ranks: the generation's graphs, before anything is asked of it
     run       plan, agree, step, commit; asleep while every lane is idle; until `stop` or a failure
 
 One turn of `run`, taken by all ranks of the world together, while the step before computes (`steps`):
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +34,7 @@ from k2dist.comm.mesh import MeshCommunicator
 from k2dist.config import read_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.doorbell import Doorbell
+from k2dist.engine.form import FormRule
 from k2dist.engine.forward import ForwardPass, Model
 from k2dist.engine.graphs import CudaRecorder, Recorder, TwinRecorder
 from k2dist.engine.guard import RowGuard
@@ -40,14 +43,15 @@ from k2dist.engine.lane import LanePort
 from k2dist.engine.load import load_weights
 from k2dist.engine.load_progress import LoadProgress, Tell
 from k2dist.engine.masks import Masks
+from k2dist.engine.recording import Note, record_sizes
 from k2dist.engine.selftest import SelfTestReport, self_test
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.spec import RankSpec
 from k2dist.engine.steps import Step, Steps
+from k2dist.engine.warm_up import warm_up
 from k2dist.grammar import Grammars, mask_threads
 from k2dist.ids import Generation
 from k2dist.messages import GroupStats, Message, RankStats, StepPlan
-from k2dist.model.latent_cache import LatentCache
 from k2dist.parallel import expert_homes, shard_plan
 from k2dist.parallel.fingerprint import Fingerprint
 from k2dist.scheduler import PrefillCadence, Scheduler
@@ -90,12 +94,13 @@ class Bells(Protocol):
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
-    """`load_s`: of reading and laying out, without the self-test."""
+    """`load_s`: of reading and laying out, without the self-test. `warm_s`: of steps of every size."""
 
     num_tensors: int
     num_bytes: int
     load_s: float
     self_test: SelfTestReport
+    warm_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class _Membership:
     bells: Bells
     exchange: Exchange
     passes: ForwardPass
-    can_replay: bool
+    rule: FormRule  # of sizes that are recorded, on all ranks
 
 
 class RankRuntime:
@@ -139,6 +144,7 @@ class RankRuntime:
         self._step_s_total = 0.0
         self._host_s_total = 0.0
         self._num_late = 0
+        self._num_decodes_eager = 0
 
     def fingerprint(self) -> Fingerprint:
         """What its peers must have in common with it."""
@@ -181,13 +187,15 @@ class RankRuntime:
             expert_load=() if exchange is None else exchange.expert_load(),
             groups=() if self._member is None else self._member.comms.stats(time.monotonic()),
             num_steps_replayed=0 if passes is None else passes.num_steps_replayed,
+            num_decodes_eager=self._num_decodes_eager,
             num_recorded=0 if passes is None else passes.num_recorded,
         )
 
     # -- the rank's own thread -------------------------------------------------------------------------
 
     def load(self, tell: Tell | None = None) -> LoadReport:
-        """Read and lay out this rank's weights, allocate its pages, test itself, and `tell` how far it is.
+        """Read and lay out this rank's weights, allocate its pages, test itself, take a step of every size
+        that will be recorded, and `tell` how far it is.
 
         Errors: CheckpointError, FaultyRankError.
         """
@@ -224,14 +232,23 @@ class RankRuntime:
             places=self._spec.places,
             progress=progress.tested,
         )
+        began_s = time.monotonic()
+        spec = self._spec
+        if spec.is_recording or spec.device == "cuda":
+            rule = self._rule if spec.is_recording else self._rule.only(())
+            warm_up(self._model, spec.layout, spec.world_rank, rule, spec.limits, progress.warmed)
         return LoadReport(
-            num_tensors=len(plan.reads), num_bytes=plan.num_bytes, load_s=load_s, self_test=report
+            num_tensors=len(plan.reads),
+            num_bytes=plan.num_bytes,
+            load_s=load_s,
+            self_test=report,
+            warm_s=time.monotonic() - began_s,
         )
 
     def join(self, comms: RankComms, bells: Bells, generation: Generation) -> None:
         """Become a member of `generation`, whose groups are `comms`. Not while `run` runs.
 
-        What was recorded holds the last generation's groups, and goes with them.
+        What was recorded holds the last generation's groups, and goes with them: until `record` all is eager.
         """
         assert self._model is not None, "join before load"
         num_layers = self._architecture.num_moe_layers
@@ -239,9 +256,32 @@ class RankRuntime:
             expert_homes(self._spec.layout, layer, self._place.world_rank) for layer in range(num_layers)
         ]
         exchange = Exchange(comms.world, homes, self.device)
-        recorder = self._recorder(comms, self._model.cache)
-        passes = ForwardPass(self._model, comms.lane, exchange, recorder)
-        self._member = _Membership(generation, comms, bells, exchange, passes, recorder is not None)
+        most = next(iter(self._rule.buckets), None) if self._spec.is_recording else None
+        passes = ForwardPass(self._model, comms.lane, exchange, most)
+        self._member = _Membership(generation, comms, bells, exchange, passes, self._rule.only(()))
+
+    def record(self, note: Note = lambda *_: None) -> None:
+        """Record this generation's steps, and `note` how many of how many are. Collective over the world.
+
+        Errors: as of `run`.
+        """
+        member = self._member
+        assert member is not None, "record before join"
+        try:
+            with self._thread:
+                rule = record_sizes(
+                    self._rule,
+                    member.passes,
+                    self._recorder(member.comms),
+                    member.comms.world_control,
+                    self._thread,
+                    limit_s=self._spec.record_s,
+                    note=note,
+                )
+        except BaseException:
+            member.comms.fence()
+            raise
+        self._member = replace(member, rule=rule)
 
     def run(self) -> None:
         """Step until stopped. A failure ends the port's requests with its reason and is raised."""
@@ -256,7 +296,7 @@ class RankRuntime:
                     self._guard,
                     member.comms.lane,
                     member.exchange,
-                    self._rule,
+                    member.rule,
                     member.passes,
                     self._thread,
                 )
@@ -284,6 +324,7 @@ class RankRuntime:
             waited_s = 0.0 if under_way is None else self._finish(steps, under_way)
             if launched is not None:
                 self._num_late += steps.sample(launched)
+                self._num_decodes_eager += not agreed.has_prompts and not launched.is_replayed
             under_way = launched
             turn_s = time.monotonic() - began_s
             self._step_s_total += turn_s
@@ -295,11 +336,12 @@ class RankRuntime:
                     member.bells.ring_all(epoch)
                 epoch += 1
 
-    def _recorder(self, comms: RankComms, cache: LatentCache | None) -> Recorder | None:
+    def _recorder(self, comms: RankComms) -> Recorder | None:
         """None: this rank's groups are not of a sort that a graph can hold, or nobody wants one."""
-        if not self._spec.may_record(self._rule):
+        if not self._spec.is_recording:
             return None
         if self._spec.graphs == "twin":
+            cache = None if self._model is None else self._model.cache
             return TwinRecorder(lambda: None if cache is None else cache.spoil_spare())
         if self._kernels.asks_device or (comms.lane is not None and not comms.lane.is_on_stream):
             return None
@@ -318,7 +360,6 @@ class RankRuntime:
             has_prompts=True in are_prompts,
             has_decodes=False in are_prompts,
             num_pages=self._sequences.num_pages(plan),
-            can_replay=member.can_replay,
         )
 
     def _finish(self, steps: Steps, step: Step) -> float:

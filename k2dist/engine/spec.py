@@ -12,11 +12,11 @@ from k2dist.config import Architecture
 from k2dist.engine.form import FormRule
 from k2dist.engine.kernels import select_kernels, with_cpu_experts
 from k2dist.engine.load import CPU, Places
-from k2dist.engine.static_batch import spare_places
 from k2dist.errors import ConfigError
 from k2dist.messages import Message
 from k2dist.model.latent_cache import LatentCache
 from k2dist.parallel import Layout
+from k2dist.parallel.buckets import spare_places
 from k2dist.scheduler import Limits
 
 
@@ -38,6 +38,9 @@ class RankSpec(Message, frozen=True, kw_only=True):
     experts_device: Literal["auto", "cpu"] = "auto"  # of experts' weights; auto: with the rest
     # Steps of generated rows alone are recorded as CUDA graphs and replayed; twin: as on a device, on any.
     graphs: Literal["auto", "off", "twin"] = "auto"
+    record_s: float = (
+        300.0  # for recording, in each generation; sizes that are not recorded by then run eagerly
+    )
     # Rows of a step from which it is computed in two halves, one's exchange behind the other's attention
     # (where exchanges are exact). None: never.
     split_tokens: int | None = None
@@ -71,10 +74,10 @@ class RankSpec(Message, frozen=True, kw_only=True):
             split_tokens=self.split_tokens,
         )
 
-    def may_record(self, rule: FormRule) -> bool:
-        """Whether it records steps, if its groups can be recorded."""
-        is_wanted = self.graphs == "twin" or (self.graphs == "auto" and self.device == "cuda")
-        return is_wanted and rule.can_record
+    @property
+    def is_recording(self) -> bool:
+        """Whether it wants to record steps; if its groups cannot be recorded, it does not."""
+        return self.graphs == "twin" or (self.graphs == "auto" and self.device == "cuda")
 
     def allocate_cache(
         self, architecture: Architecture, kernels: KernelSet, rule: FormRule
@@ -88,5 +91,5 @@ class RankSpec(Message, frozen=True, kw_only=True):
             self.page_tokens,
             kernels,
             self.places.device,
-            num_spare=spare_places(self.limits.max_running) if self.may_record(rule) else 0,
+            num_spare=spare_places(self.limits.max_running) if self.is_recording and rule.buckets else 0,
         )

@@ -16,17 +16,18 @@ from torch import Tensor
 
 
 class Staging:
-    """Buffers of `size` int64. `put` belongs to the step loop, what it returns to the device thread."""
+    """Buffers of `size` int64, of which a step may need fewer. `put` belongs to the step loop, what it
+    returns to the device thread."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._turns = [Staged(size, device) for _ in range(2)]
 
-    def put(self, fill_: Callable[[Tensor], None]) -> Staged:
-        """Let `fill_` write the next buffer, and send it on its way."""
+    def put(self, fill_: Callable[[Tensor], None], size: int) -> Staged:
+        """Let `fill_` write the first `size` of the next buffer, and send them on their way."""
         staged = self._turns.pop(0)
         self._turns.append(staged)
-        fill_(staged.host)
-        staged.send()
+        fill_(staged.host[:size])
+        staged.send(size)
         return staged
 
 
@@ -42,14 +43,14 @@ class Staged:
             with torch.cuda.stream(self._stream):  # it writes there first
                 self._there = torch.zeros(size, dtype=torch.int64, device=device)
 
-    def send(self) -> None:
+    def send(self, size: int) -> None:
         if self._is_cuda:
             with torch.cuda.stream(self._stream):
-                self._there.copy_(self.host, non_blocking=True)
+                self._there[:size].copy_(self.host[:size], non_blocking=True)
                 self._arrived.record()
 
     def copy_to_(self, out: Tensor) -> None:
-        """Into `out`, on the current stream, once it has arrived."""
+        """As many as `out` has, which were sent; on the current stream, once they have arrived."""
         if self._is_cuda:
             torch.cuda.current_stream().wait_event(self._arrived)
-        out.copy_(self._there, non_blocking=True)
+        out.copy_(self._there[: len(out)], non_blocking=True)

@@ -6,7 +6,9 @@
 Rows that are none are computed like others and go nowhere: they write to spare places of the cache, see one
 key that nobody writes, and have no experts. What they give means nothing; a twin makes that NaN.
 
-Legend: B rows of the bucket, P pages of its tables, t own rows of this tp rank.
+Batches of all sizes lie in one place: a step reads its own before the next one is written.
+
+Legend: B rows of the bucket, P pages of its tables, t own rows of this tp rank, D hidden width.
 """
 
 from __future__ import annotations
@@ -14,24 +16,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from k2dist.engine.form import Bucket
 from k2dist.engine.shares import even_shares
+from k2dist.engine.staging import Staging
 from k2dist.model.batch import Batch
 from k2dist.model.latent_cache import LatentCache
+from k2dist.parallel.buckets import Bucket
+
+
+class StaticRoom:
+    """Where static batches of up to `most` are, and what is made of their rows: [B, D] of `width`, in the
+    stream's `dtype`."""
+
+    def __init__(self, most: Bucket, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.staging = Staging(most.num_ints, device)
+        self.buffer = torch.zeros(most.num_ints, dtype=torch.int64, device=device)
+        self.pinned_B = torch.zeros(most.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.hidden_BD = torch.zeros(most.rows, width, dtype=dtype, device=device)
 
 
 class StaticBatch:
-    """See the module. Filled from `Staging`, whose buffers have the same layout."""
+    """See the module. Filled from the room's `Staging`, whose buffers have the same layout."""
 
     def __init__(
-        self, bucket: Bucket, tp: int, tp_rank: int, cache: LatentCache, device: torch.device
+        self,
+        bucket: Bucket,
+        tp: int,
+        tp_rank: int,
+        cache: LatentCache,
+        room: StaticRoom,
     ) -> None:
         self._bucket = bucket
         self._cache = cache
         shares = even_shares(bucket.rows, tp)
         first = sum(shares[:tp_rank])
-        self.buffer = torch.zeros(self.size(bucket), dtype=torch.int64, device=device)
-        self._pinned_B = torch.zeros(bucket.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.buffer = room.buffer[: bucket.num_ints]
+        self.hidden_BD = room.hidden_BD[: bucket.rows]
+        self._pinned_B = room.pinned_B[: bucket.rows]
+        device = room.buffer.device
         self._own_row_t = torch.arange(first, first + shares[tp_rank], device=device)
         self._num_rows_1, self.token_B, position_B, write_B, length_B, sample_B, page_BP = _parts(
             self.buffer, bucket
@@ -47,11 +68,6 @@ class StaticBatch:
             decode_page_RP=page_BP,
             sample_S=sample_B,
         )
-
-    @staticmethod
-    def size(bucket: Bucket) -> int:
-        """Numbers of the buffer."""
-        return 1 + bucket.rows * (5 + bucket.pages)
 
     def is_own_row(self) -> Tensor:
         """Bool [t]: which of this rank's rows are the step's. Computed on the device, in each step anew."""
@@ -84,11 +100,6 @@ class StaticBatch:
         )
         page_BP.fill_(cache.first_spare // cache.page_tokens)
         page_BP[:num_rows, : batch.decode_page_RP.shape[1]] = batch.decode_page_RP
-
-
-def spare_places(most_rows: int) -> int:
-    """Of a cache whose steps are recorded with up to so many rows: one to read, and one to write for each."""
-    return 1 + most_rows
 
 
 def _parts(buffer: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from k2dist.llm.output import Output
 from k2dist.messages import RankProgress
-from k2dist.observe.work import work_of
+from k2dist.observe.pace import Pace
+from k2dist.observe.work import work_line, work_of
 
 
 @contextmanager
@@ -28,6 +29,11 @@ def loading_bar(num_ranks: int, *, is_shown: bool | None) -> Iterator[Callable[[
         def show(world_rank: int, progress: RankProgress) -> None:
             nonlocal shown, task
             work = work_of([progress])
+            if not work.is_bytes:  # the bar counts bytes
+                bars.update(
+                    task, description=f"rank {world_rank + 1} of {num_ranks} {work_line(work, Pace())}"
+                )
+                return
             text = f"rank {world_rank + 1} of {num_ranks} {work.what}"
             if text != shown:  # a new bar, so that the time left is of this work alone
                 bars.remove_task(task)

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from k2dist.messages import LoadSeconds, Message, RankProgress
 
-_PARTS = (("find_s", "found"), ("read_s", "read"), ("lay_out_s", "laid out"), ("test_s", "tested"))
+_PARTS = (
+    ("find_s", "found"),
+    ("read_s", "read"),
+    ("lay_out_s", "laid out"),
+    ("test_s", "tested"),
+    ("warm_s", "warmed up"),
+    ("record_s", "recorded"),
+)
+_ONLY_WHERE_RECORDED = frozenset({"warm_s", "record_s"})
 
 
 class Stage(Message, frozen=True, kw_only=True):
@@ -26,8 +34,15 @@ class Readiness(Message, frozen=True, kw_only=True):
         text = f"ready in {self.total_s:.1f} s: {stages}"
         if self.slowest is None:
             return text
-        parts = ", ".join(f"{word} {getattr(self.slowest, field):.1f}" for field, word in _PARTS)
+        took_s = {word: getattr(self.slowest, field) for field, word in _shown(self.slowest)}
+        parts = ", ".join(f"{word} {seconds:.1f}" for word, seconds in took_s.items())
         return f"{text}; of loading, the slowest rank of each: {parts}"
+
+
+def _shown(seconds: LoadSeconds) -> list[tuple[str, str]]:
+    if seconds.warm_s > 0.0:
+        return list(_PARTS)
+    return [(field, word) for field, word in _PARTS if field not in _ONLY_WHERE_RECORDED]
 
 
 class StageClock:

@@ -50,7 +50,8 @@ class Assumptions(Message, frozen=True, kw_only=True):
     layout_rate: float = 4e9  # bytes a second that a rank lays out for its kernels, after reading them
     test_rate: float = 8e9  # and reads once more for its self-test
     join_s: float = 5.0  # groups of a generation; NCCL's communicators
-    capture_s: float = 1.5  # one graph
+    compile_s: float = 60.0  # all kernels that K2's steps take, on two cores; nothing where they are kept
+    capture_s: float = 1.5  # one graph, and the step before it
     graph_bytes: int = 50_000_000  # of one graph: 2,440 nodes with their arguments, 20 KB each
 
     # -- recovery --------------------------------------------------------------------------------------

@@ -12,9 +12,16 @@ from __future__ import annotations
 
 import math
 
+from msgspec.structs import replace
+
 from k2dist.config.architecture import Architecture
+from k2dist.parallel.buckets import spare_places
+from k2dist.planner.assumptions import ASSUMED
 from k2dist.planner.terms import Terms
 from k2dist.planner.work import FLOAT32_BYTES, SLOT_BYTES, row_bytes
+
+STATIC_COPIES = 3  # of a static batch: the one that is read, and two that arrive in turn
+INT_BYTES = 8
 
 
 def exchange_bytes(
@@ -43,3 +50,42 @@ def activation_bytes(architecture: Architecture, terms: Terms, *, tp: int) -> in
     dense = rows * 3 * (a.intermediate_size // tp) * stream_bytes + partial
     logits = 2 * terms.max_samples * a.vocab_size * FLOAT32_BYTES  # this rank's slice, and all of them
     return stream + max(attention, dense if a.first_dense_layers else 0, logits)
+
+
+def recorded_bytes(
+    architecture: Architecture,
+    terms: Terms,
+    *,
+    tp: int,
+    lanes: int,
+    slots: int | None,
+    all_slots: int,
+    has_lane: bool,
+) -> int:
+    """Of all graphs, and of the tensors of the largest recorded step: they are apart from other steps', and
+    smaller graphs share them. On a rank of a lane also what a static batch is written to, and written in.
+
+    `slots` None: the model has no MoE layer.
+    """
+    if not terms.recorded:
+        return 0
+    most = terms.recorded[0]
+    step = replace(terms, step_tokens=most.rows, max_samples=0)  # logits are in no graph
+    own_rows = -(-most.rows // tp) if has_lane else 0
+    num_bytes = len(terms.recorded) * ASSUMED.graph_bytes
+    if slots is not None:
+        num_bytes += exchange_bytes(
+            architecture, step, own_rows=own_rows, lanes=lanes, slots=slots, all_slots=all_slots
+        )
+    if has_lane:
+        num_bytes += activation_bytes(architecture, step, tp=tp)
+        num_bytes += STATIC_COPIES * INT_BYTES * most.num_ints
+        num_bytes += most.rows * architecture.hidden_size * terms.form.stream_bytes
+    return num_bytes
+
+
+def spare_pages(terms: Terms) -> int:
+    """Of a lane's cache, besides those of sequences: where rows of recorded steps that are none write."""
+    if not terms.recorded:
+        return 0
+    return -(-spare_places(terms.recorded[0].rows) // terms.page_tokens)

@@ -104,7 +104,7 @@ def _planned(
     check_memory(memory, config.cache.num_pages)
     steps = StepModel(site)
     found = estimate(steps, configured_bounds(config, config.cache.num_pages), workload)
-    start = estimate_start(memory.ranks, site, terms.num_graphs)
+    start = estimate_start(memory.ranks, site, len(terms.recorded))
     return ClusterPlan(
         cluster=config.name,
         model=model,
@@ -131,7 +131,7 @@ def _planned(
         wire=_wire(found, site.far_share),
         estimate=found,
         assumptions=assumed,
-        notes=tuple(_notes(config, site.device, site.num_nodes)),
+        notes=tuple(_notes(config, site.device, site.num_nodes, len(terms.recorded))),
     )
 
 
@@ -171,15 +171,30 @@ def _wire(found: Estimate, far_share: float) -> Wire:
     )
 
 
-def _notes(config: ClusterConfig, device: Device, num_nodes: int) -> list[str]:
+def _notes(config: ClusterConfig, device: Device, num_nodes: int, num_graphs: int) -> list[str]:
     """What whoever rents this should know before."""
     notes = []
     if num_nodes == 1:
         notes.append("one node: losing it loses accepted requests too, since nothing else holds a copy")
     if not device.has_run:
         notes.append(f"{device.name}: k2dist has computed on none yet; this is planned only")
-    if config.exchange.capacity_factor is None and config.ranks.rank_gpus > 0:
-        notes.append(
-            "exchange.capacity_factor is not set: decode steps are launched kernel by kernel, not as graphs"
-        )
+    if config.ranks.rank_gpus > 0:
+        notes.append(_how_it_decodes(config, num_graphs))
     return notes
+
+
+def _how_it_decodes(config: ClusterConfig, num_graphs: int) -> str:
+    """On GPUs."""
+    factor, is_alone = config.capacity_factor, config.parallel.world_size == 1
+    room = "" if is_alone else f", in frames with room for {factor or 0:g} times an even router's load"
+    repeated = "" if is_alone else "; a step that overflows one is repeated exactly, with the same bits"
+    if num_graphs:
+        most = config.scheduler.max_running
+        return f"decode steps of up to {most} rows are replayed from {num_graphs} graphs{room}{repeated}"
+    if config.ranks.graphs == "off":
+        return "ranks.graphs=off: decode steps are launched kernel by kernel, not as graphs"
+    return (
+        "exchange.capacity_factor: none, so decode steps are launched kernel by kernel, not as graphs, and "
+        "every MoE layer waits to hear how much comes; with 1.25 they are recorded, in frames that many "
+        "ranks fill badly"
+    )

@@ -1,9 +1,9 @@
 """One rank's memory, and what all ranks of a model at one tp have in common.
 
-    device_bytes = weights + angles + activations + exchange + graphs + reserve + pages x page_bytes
+    device_bytes = weights + angles + activations + exchange + graphs + spare + reserve + pages x page_bytes
 
-Weights and pages are exact, activations (the workspace of a step) and exchange are estimates from above
-(`buffers`), graphs are assumed, the reserve is the config's.
+Weights, pages and spare pages are exact, activations (the workspace of a step) and exchange are estimates
+from above (`buffers`), graphs are estimated and in part assumed, the reserve is the config's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from k2dist.config.architecture import Architecture
 from k2dist.ids import LaneId, WorldRank
 from k2dist.messages import Message
-from k2dist.planner.assumptions import ASSUMED
-from k2dist.planner.buffers import activation_bytes, exchange_bytes
+from k2dist.planner.buffers import activation_bytes, exchange_bytes, recorded_bytes, spare_pages
 from k2dist.planner.held import Kind, LaneBytes, expert_bytes, lane_bytes
 from k2dist.planner.terms import Terms
 
@@ -32,6 +31,7 @@ class RankMemory(Message, frozen=True, kw_only=True):
     activations: int
     exchange: int
     graphs: int = 0
+    spare: int = 0  # pages of the cache that no sequence gets
     reserve: int
     page_bytes: int
 
@@ -42,14 +42,15 @@ class RankMemory(Message, frozen=True, kw_only=True):
     @property
     def fixed_bytes(self) -> int:
         """All but pages."""
-        step_bytes = self.activations + self.exchange + self.graphs
+        step_bytes = self.activations + self.exchange + self.graphs + self.spare
         return self.weight_bytes + self.angles + step_bytes + self.reserve
 
     def parts(self) -> dict[str, int]:
         """What `fixed_bytes` is the sum of, by name, without what is 0."""
         named = {str(kind): num_bytes for kind, num_bytes in self.weights.items()}
         named |= {"angles": self.angles, "activations": self.activations}
-        named |= {"exchange": self.exchange, "graphs": self.graphs, "reserve": self.reserve}
+        named |= {"exchange": self.exchange, "graphs": self.graphs, "spare pages": self.spare}
+        named["reserve"] = self.reserve
         return {name: num_bytes for name, num_bytes in named.items() if num_bytes}
 
     def free_bytes(self, device_bytes: int) -> int:
@@ -79,11 +80,12 @@ class RankCosts:
         num_slots = sum(slots)
         weights = dict(self._lane.held) if has_lane else dict.fromkeys(Kind, 0)
         weights[Kind.EXPERTS] = num_slots * self._expert_held if terms.are_experts_here else 0
+        most_slots = max(slots) if slots else None
         exchange = 0
-        if slots:
+        if most_slots is not None:
             own_rows = -(-terms.step_tokens // self.tp) if has_lane else 0
             exchange = exchange_bytes(
-                a, terms, own_rows=own_rows, lanes=lanes, slots=max(slots), all_slots=all_slots
+                a, terms, own_rows=own_rows, lanes=lanes, slots=most_slots, all_slots=all_slots
             )
         lane_read = sum(self._lane.read.values()) if has_lane else 0
         return RankMemory(
@@ -94,7 +96,16 @@ class RankCosts:
             angles=a.max_positions * a.qk_rope_head_dim * ANGLE_BYTES if has_lane else 0,
             activations=activation_bytes(a, terms, tp=self.tp) if has_lane else 0,
             exchange=exchange,
-            graphs=terms.num_graphs * ASSUMED.graph_bytes,
+            graphs=recorded_bytes(
+                a,
+                terms,
+                tp=self.tp,
+                lanes=lanes,
+                slots=most_slots,
+                all_slots=all_slots,
+                has_lane=has_lane,
+            ),
+            spare=spare_pages(terms) * self._page_bytes if has_lane else 0,
             reserve=terms.reserve_bytes,
             page_bytes=self._page_bytes if has_lane else 0,
         )

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from k2dist.config.architecture import Architecture
 from k2dist.config.cluster import (
+    GPU_CAPACITY_FACTOR,
     CacheConfig,
     ClusterConfig,
     DeadlinesConfig,
@@ -39,7 +40,6 @@ from k2dist.planner.site import configured_site
 from k2dist.planner.terms import configured_terms
 
 PAGE_TOKENS = 64
-CAPACITY_FACTOR = 1.25
 _SPARE = 0.98  # of the pages that fit; what a plan counts too low takes the rest
 
 BASE = ClusterConfig(
@@ -146,7 +146,7 @@ def _most_pages(architecture: Architecture, config: ClusterConfig) -> int:
 
 
 def _padded(config: ClusterConfig) -> ClusterConfig:
-    return replace(config, exchange=ExchangeConfig(capacity_factor=CAPACITY_FACTOR))
+    return replace(config, exchange=ExchangeConfig(capacity_factor=GPU_CAPACITY_FACTOR))
 
 
 def _found(
@@ -157,7 +157,7 @@ def _found(
     given, config = max(
         (
             (estimate(StepModel(configured_site(one, architecture, layout, assumed)), bounds, workload), one)
-            for one in (config, _padded(config))
+            for one in (replace(config, exchange=ExchangeConfig(capacity_factor=None)), _padded(config))
         ),
         key=lambda pair: pair[0].decode.tokens_per_s,  # prompts are exchanged with exact splits in either
     )
@@ -180,7 +180,7 @@ def _found(
 def config_lines(found: Found, workload: Workload) -> Iterator[str]:
     """The best layout as a cluster YAML, with why."""
     config, serving = found.config, found.serving
-    parallel, exchange = config.parallel, config.exchange
+    parallel = config.parallel
     yield f"# Found by `k2dist plan --search` for prompts of {workload.prompt_len} and outputs of"
     yield f"# {workload.output_len} tokens: an estimated {serving.output_tokens_per_s:,.0f} tokens/s out with"
     yield f"# {serving.concurrency:,} requests at once, a token every {1e3 * serving.tpot_s:.0f} ms; binds:"
@@ -194,8 +194,8 @@ def config_lines(found: Found, workload: Workload) -> Iterator[str]:
     scheduler = config.scheduler
     yield from ("", "scheduler:", f"  step_tokens: {scheduler.step_tokens}")
     yield from (f"  chunk_tokens: {scheduler.chunk_tokens}", f"  max_running: {scheduler.max_running}")
-    if exchange.capacity_factor is not None:
-        yield from ("", "exchange:", f"  capacity_factor: {exchange.capacity_factor:g}")
+    factor = "null" if config.capacity_factor is None else f"{config.capacity_factor:g}"
+    yield from ("", "exchange:", f"  capacity_factor: {factor}")
     ranks = config.ranks
     yield from ("", "ranks:", f"  rank_cpus: {ranks.rank_cpus:g}", f"  rank_gpus: {ranks.rank_gpus:g}")
     yield f"  threads: {ranks.threads}"

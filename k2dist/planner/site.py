@@ -69,7 +69,7 @@ def configured_site(
     """Raises `ConfigError` if the device is not known, `LayoutError` if it cannot compute this model."""
     device = configured_device(config)
     check_float8(device, architecture, config)
-    factor = config.exchange.capacity_factor
+    factor = config.capacity_factor
     counts = [len(experts) for place in layout.ranks for experts in place.experts[:1]]
     return Site(
         architecture=architecture,

@@ -20,9 +20,9 @@ class AtRate(Message, frozen=True, kw_only=True):
 class StartEstimate(Message, frozen=True, kw_only=True):
     """All ranks of a node read side by side over one disk or mount, then lay out and test each for itself.
 
-    `load_s`: reading and laying out, what a rank's `load` takes. `ready_s`: from the command to the first
-    request. `recapture_s`: of all graphs together, each made when a step of its size first comes, and again
-    in each generation: none of it is before the first request.
+    `load_s`: reading and laying out. `warm_s`: a step of every size, for which kernels are compiled; 0 on a
+    CPU. `recapture_s`: of all graphs together, before the first request and again in each
+    generation. `ready_s`: from the command to the first request.
     """
 
     rank_bytes: int  # of the checkpoint, read by the rank that reads most
@@ -33,6 +33,7 @@ class StartEstimate(Message, frozen=True, kw_only=True):
     read_s: float
     load_s: float
     test_s: float
+    warm_s: float
     join_s: float
     num_graphs: int
     recapture_s: float
@@ -49,7 +50,8 @@ def estimate_start(ranks: Sequence[RankMemory], site: Site, num_graphs: int) -> 
     start_s = assumed.start_s
     test_s = rank_bytes / assumed.test_rate
     recapture_s = num_graphs * assumed.capture_s
-    after_s = test_s + assumed.join_s
+    warm_s = 0.0 if site.is_cpu else assumed.compile_s
+    after_s = test_s + warm_s + assumed.join_s + recapture_s
 
     def at(disk_rate: float) -> AtRate:
         load_s = node_bytes / disk_rate + rank_bytes / assumed.layout_rate
@@ -65,6 +67,7 @@ def estimate_start(ranks: Sequence[RankMemory], site: Site, num_graphs: int) -> 
         read_s=node_bytes / assumed.disk_rate,
         load_s=here.load_s,
         test_s=test_s,
+        warm_s=warm_s,
         join_s=assumed.join_s,
         num_graphs=num_graphs,
         recapture_s=recapture_s,

@@ -7,7 +7,7 @@ from typing import Literal
 from k2dist.config import Architecture
 from k2dist.config.cluster import ClusterConfig
 from k2dist.messages import Message
-from k2dist.parallel.buckets import page_buckets, row_buckets
+from k2dist.parallel.buckets import Bucket, buckets
 from k2dist.planner.devices import device_bytes
 
 
@@ -32,7 +32,7 @@ class Terms(Message, frozen=True, kw_only=True):
     max_samples: int  # rows of one step that give logits
     reserve_bytes: int  # of each device, for what is not planned
     device_bytes: int | None  # of one rank's device; None: not known
-    num_graphs: int = 0  # captured, of decode steps
+    recorded: tuple[Bucket, ...] = ()  # sizes of decode steps, a graph each; descending
     are_experts_here: bool = True  # False: their weights are in the machine's memory, not the device's
     # Times an even load, on the fullest rank. Our assumption: nothing measured stands behind it yet.
     imbalance: float = 4.0
@@ -72,19 +72,21 @@ def configured_terms(config: ClusterConfig, architecture: Architecture) -> Terms
         max_samples=config.scheduler.max_running,
         reserve_bytes=config.nodes.reserve_bytes,
         device_bytes=device_bytes(config),
-        num_graphs=configured_graphs(config, architecture.max_positions),
+        recorded=recorded_sizes(config, architecture.max_positions),
         are_experts_here=config.ranks.rank_gpus == 0 or config.ranks.experts_device == "auto",
     )
 
 
-def configured_graphs(config: ClusterConfig, max_positions: int) -> int:
-    """Of decode steps, if every bucket comes up: rows by pages. None on a CPU, and none where what travels
-    between ranks has no capacity."""
-    is_alone = config.parallel.world_size == 1
-    if config.ranks.rank_gpus == 0 or (config.exchange.capacity_factor is None and not is_alone):
-        return 0
+def recorded_sizes(config: ClusterConfig, max_positions: int) -> tuple[Bucket, ...]:
+    """Of decode steps. None on a CPU, none where the config forbids it, and none where what travels between
+    ranks has no capacity."""
+    travels = config.parallel.world_size > 1
+    if config.ranks.rank_gpus == 0 or config.ranks.graphs == "off":
+        return ()
+    if travels and config.capacity_factor is None:
+        return ()
     most_pages = -(-max_positions // config.cache.page_tokens)  # a lane with fewer records fewer
-    return len(row_buckets(config.scheduler.max_running)) * len(page_buckets(most_pages))
+    return buckets(config.scheduler.max_running, most_pages)
 
 
 def configured_kernels(config: ClusterConfig) -> str:

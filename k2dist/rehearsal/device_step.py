@@ -25,21 +25,23 @@ from k2dist.config import KIMI_K2, Architecture, find_architecture
 from k2dist.engine.device_thread import DeviceThread
 from k2dist.engine.form import FormRule
 from k2dist.engine.forward import ForwardPass, Model
-from k2dist.engine.graphs import CudaRecorder
+from k2dist.engine.graphs import CudaRecorder, Recorder
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernels import select_kernels
+from k2dist.engine.recording import record_sizes
 from k2dist.engine.sequences import Sequences
 from k2dist.engine.solo import solo_exchange
-from k2dist.engine.static_batch import spare_places
 from k2dist.engine.steps import Step, Steps
 from k2dist.ids import Generation
 from k2dist.messages import StepPlan
 from k2dist.parallel import Layout, first_layout
+from k2dist.parallel.buckets import spare_places
 from k2dist.planner.fewer_layers import first_layers
 from k2dist.rehearsal.load import Load
 from k2dist.rehearsal.rank import made_up_cache, made_up_weights
 
 PAGE_TOKENS = 64
+_RECORD_S = 120.0
 WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 6, 40, 10
 
 
@@ -74,10 +76,14 @@ class Rank:
             most_pages=load.num_pages(PAGE_TOKENS),
             split_tokens=None,
         )
-        is_recorded = graphs and model.device.type == "cuda"
-        recorder = CudaRecorder(calls_outside=False) if is_recorded else None
-        self._can_replay = recorder is not None
-        self.passes = ForwardPass(model, Alone(), exchange, recorder)
+        self._recorder: Recorder | None = None
+        if graphs and model.device.type == "cuda":
+            rule = rule.only(rule.buckets[:1])  # of this load's rows
+            self._recorder = CudaRecorder(calls_outside=False)
+        else:
+            rule = rule.only(())
+        self._rule = rule
+        self.passes = ForwardPass(model, Alone(), exchange, next(iter(rule.buckets), None))
         self._thread = DeviceThread("bench")
         self._sequences = Sequences(PAGE_TOKENS, 1)
         self._steps = Steps(
@@ -89,6 +95,7 @@ class Rank:
         """Seconds from the end of one step to the end of the next; one is always planned ahead."""
         before: Step | None = None
         with self._thread:
+            record_sizes(self._rule, self.passes, self._recorder, Alone(), self._thread, limit_s=_RECORD_S)
             ended_s = time.perf_counter()
             for plan in self._plans:
                 self._sequences.apply(plan)
@@ -110,7 +117,6 @@ class Rank:
             is_stopping=False,
             has_decodes=True,
             num_pages=self._sequences.num_pages(plan),
-            can_replay=self._can_replay,
         )
 
 

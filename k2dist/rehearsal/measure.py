@@ -18,6 +18,7 @@ from k2dist.errors import CapacityError, UsageError
 from k2dist.messages import Message
 from k2dist.parallel import Layout
 from k2dist.planner import Terms, configured_terms, form_named, plan_memory
+from k2dist.planner.buffers import spare_pages
 from k2dist.planner.fewer_layers import LayerFit, fewest_layers, first_layers, fit_of, most_layers
 from k2dist.planner.memory import arithmetic, gb
 from k2dist.planner.work import Part, Traffic
@@ -107,7 +108,7 @@ def fit(rehearsal: Rehearsal, architecture: Architecture, layout: Layout) -> Lay
     device = torch.device(rehearsal.device)
     kernels = select_kernels(rehearsal.kernels, rehearsal.cluster.dtype, device)
     terms, rank = _terms(rehearsal, kernels), rehearsal.world_rank
-    num_pages = rehearsal.load.num_pages(terms.page_tokens)
+    num_pages = rehearsal.load.num_pages(terms.page_tokens) + _spare_pages(rehearsal, architecture)
     usable = usable_bytes(device)
     if rehearsal.layers is None:
         found = most_layers(architecture, layout, terms, rank, num_pages, usable)
@@ -149,6 +150,7 @@ def run(
             rehearsal.load,
             page_tokens=rehearsal.cluster.cache.page_tokens,
             device=device,
+            num_spare_pages=_spare_pages(rehearsal, architecture),
             note=note,
         )
         steps = _take_steps(rank, rehearsal.load, device, note)
@@ -305,6 +307,11 @@ def _terms(rehearsal: Rehearsal, kernels: KernelSet) -> Terms:
         reserve_bytes=0,
         device_bytes=None,
     )
+
+
+def _spare_pages(rehearsal: Rehearsal, architecture: Architecture) -> int:
+    """Of the cluster's ranks, if they record steps: a rehearsal records none, but holds what they would."""
+    return spare_pages(configured_terms(rehearsal.cluster, architecture))
 
 
 def _device_name(device: torch.device) -> str:

@@ -42,7 +42,8 @@ Note = Callable[[], None]
 class RehearsedRank:
     """`world_rank` of `layout`. Equal arguments give equal steps, bit for bit.
 
-    `note` is called after each layer that is laid out (`architecture.num_layers` times).
+    `num_spare_pages`: of the cache, which no step of a rehearsal touches. `note` is called after each layer
+    that is laid out (`architecture.num_layers` times).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RehearsedRank:
         *,
         page_tokens: int,
         device: torch.device,
+        num_spare_pages: int = 0,
         note: Note = lambda: None,
     ) -> None:
         self._architecture = architecture
@@ -71,7 +73,10 @@ class RehearsedRank:
         self.work = LaneWork(num_rows=0, own_rows=0, decode_rows=0, num_keys=0, prompt_rows=0)
         if place.tp_rank is not None:
             num_pages = load.num_pages(page_tokens)
-            self.cache = made_up_cache(architecture, num_pages, page_tokens, kernels, shard, device)
+            num_spare = num_spare_pages * page_tokens
+            self.cache = made_up_cache(
+                architecture, num_pages, page_tokens, kernels, shard, device, num_spare
+            )
             self.lane = RehearsalCommunicator(place.tp_rank, layout.tp, self.stopwatch.aside)
             self.work = load.work(even_shares(load.num_rows, layout.tp)[place.tp_rank])
         peers = made_up_peers(

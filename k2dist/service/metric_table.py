@@ -217,6 +217,9 @@ METRICS: tuple[Metric, ...] = (
     _rank("rank_device_seconds", "Passes and sampling, waits included.", lambda x: x.device_s_total),
     _rank("rank_tokens_sampled", "Each tp rank samples its whole lane.", lambda x: x.num_tokens_sampled),
     _rank("rank_steps_replayed", "Of them from graphs, not eager.", lambda x: x.num_steps_replayed),
+    _rank(
+        "rank_decodes_eager", "Of them without prompts, and not from graphs.", lambda x: x.num_decodes_eager
+    ),
     _rank("rank_graphs", "Recorded, one for each size of a step.", lambda x: x.num_recorded),
     _rank("dispatch_rows_sent", "Rows sent to other ranks' experts.", lambda x: x.num_rows_sent),
     _rank("dispatch_bytes_sent", "Of them, and of outputs sent home.", lambda x: x.num_bytes_sent),

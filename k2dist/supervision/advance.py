@@ -16,7 +16,7 @@ A world goes through phases; within `building` each rank goes its own way, witho
     removing  Removed, stop_s over        stopped      Report "world.stopped"
 
     before running: StopRequested, lease over, PlacementFailed
-    up to draining: Failed, Died, Stopped unasked, start_s, load_s or join_s over
+    up to draining: Failed, Died, Stopped unasked, start_s, load_s or joined_s over
                                           removing     CloseService, KillRank (every process), RemovePlacement
 
     rank:   placed -> starting -> loading -> ready -> joined -> stopped | dead
@@ -237,9 +237,9 @@ def _time_out(table: Table, name: str, now_s: float) -> Outcome:
             late = _who(table, state, now_s - getattr(table.deadlines, name))
             return _give_up(table, f"{late} not done {state} within {limit}", now_s)
         case Phase.JOINING:
-            return _give_up(
-                table, f"{_who(table, RankState.READY, now_s)} did not join within {limit}", now_s
-            )
+            late = _who(table, RankState.READY, now_s)
+            limit = f"join_s + record_s={table.deadlines.joined_s:g}"
+            return _give_up(table, f"{late} did not join within {limit}", now_s)
         case Phase.DRAINING:
             table, actions = _stop(table, now_s)
             return table, (

@@ -101,7 +101,7 @@ def _deadlines(table: Table) -> Iterator[tuple[str, float]]:
     limits = table.deadlines
     by_phase = {
         Phase.PLACING: ("start_s", limits.start_s),
-        Phase.JOINING: ("join_s", limits.join_s),
+        Phase.JOINING: ("joined_s", limits.joined_s),
         Phase.DRAINING: ("drain_s", limits.drain_s),
         Phase.STOPPING: ("stop_s", limits.stop_s),
         Phase.REMOVING: ("stop_s", limits.stop_s),

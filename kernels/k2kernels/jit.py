@@ -59,9 +59,11 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """As `jit`. The integers called `names` change with the batch, and no value of theirs is compiled for.
+    """As `jit`. The integers called `names` change with the batch, and no value of theirs is compiled for;
+    nor is where pointers among them begin, which point into a batch's one tensor.
 
-    Else Triton would compile once more for 1 and for multiples of 16, in the middle of serving.
+    Else Triton would compile once more for 1, for multiples of 16 and for addresses that are not, in the
+    middle of serving.
     """
 
     def kernel(function: Callable[..., Any]) -> Kernel:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2kernels.arguments import FLOATS, INT64, check_tensor
 from k2kernels.cost import Cost
-from k2kernels.jit import OPTIONS, jit, next_power_of_2
+from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
 from k2kernels.portable import narrow
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def reference_(cache_CD: Tensor, place_T: Tensor, latent_TL: Tensor, key_TR: Ten
     cache_CD[place_T, width:] = key_TR.to(cache_CD.dtype)
 
 
-@jit
+@jit_varying("place_ptr")
 def _latent_write(
     cache_ptr,
     place_ptr,

@@ -57,7 +57,7 @@ def reference(
     return out_RHL
 
 
-@jit_varying("num_parts", "page_stride")
+@jit_varying("num_parts", "page_stride", "page_ptr", "length_ptr")
 def _attend_part(
     q_ptr,
     cache_ptr,
@@ -148,7 +148,7 @@ def _attend_part(
     tl.store(found_at, found, mask=is_h[:, None] & (l_L < LATENT)[None, :])
 
 
-@jit_varying("num_parts")
+@jit_varying("num_parts", "length_ptr")
 def _merge_parts(
     found_ptr,
     largest_ptr,

@@ -79,7 +79,7 @@ def _by_tile(x_SHD: Tensor) -> Tensor:
     return x_SHD.transpose(0, 1).reshape(num_heads, num_keys // TILE_KEYS, TILE_KEYS, width)
 
 
-@jit_varying("end", "num_keys")
+@jit_varying("end", "num_keys", "page_ptr")
 def _decompress_keys(
     cache_ptr,
     page_ptr,
@@ -127,7 +127,7 @@ def _decompress_keys(
     tl.store(value_at, narrow(value_SV, value_ptr.dtype.element_ty), mask=(v_V < VALUE)[None, :])
 
 
-@jit_varying("num_rows", "start", "num_keys")
+@jit_varying("num_rows", "start", "num_keys", "page_ptr")
 def _attend_prompt(
     q_ptr,
     cache_ptr,

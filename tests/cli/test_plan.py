@@ -80,7 +80,7 @@ def test_one_node_of_h200_at_full_context_is_refused_and_told_what_works(tmp_pat
         ("lanes: 16", "lanes: 1"),
         ("tp: 1", "tp: 8"),
         ("num_nodes: 2", "num_nodes: 1"),
-        ("num_pages: 11300", "num_pages: 2048"),
+        ("num_pages: 11200", "num_pages: 2048"),
     )
     with pytest.raises(LayoutError) as caught:
         said("plan", path)
@@ -100,9 +100,9 @@ def test_what_is_told_to_work_does(tmp_path: Path) -> None:
     tp = told.split("tp: ")[1].split(",")[0]
     lanes = told.split("lanes: ")[1].split(",")[0]
     pages = told.split("up to ")[1].split(" ")[0].replace(",", "")
-    works = (("lanes: 16", f"lanes: {lanes}"), ("tp: 1", f"tp: {tp}"), ("11300", pages))
+    works = (("lanes: 16", f"lanes: {lanes}"), ("tp: 1", f"tp: {tp}"), ("11200", pages))
     said("plan", changed(tmp_path, *works))
-    too_many = (*works[:2], ("11300", str(int(pages) + 1)))
+    too_many = (*works[:2], ("11200", str(int(pages) + 1)))
     with pytest.raises(LayoutError, match="use at most"):
         said("plan", changed(tmp_path, *too_many))
 
@@ -110,7 +110,7 @@ def test_what_is_told_to_work_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (["--prompt-len", "900000"], UsageError, "a lane's cache holds 723,200"),
+        (["--prompt-len", "900000"], UsageError, "a lane's cache holds 716,800"),
         (["--target-tpot", "2"], UsageError, "with one request in each lane a token takes"),
         (["--model", "kimi"], UsageError, "not a name"),
         (["--lose", "3@5"], UsageError, "are of a simulation: add --simulate, --rate or --requests"),

@@ -86,6 +86,7 @@ def test_every_metric_that_is_ours_alone_is_on_the_board_or_wakes_somebody() -> 
         "rank_device_seconds",
         "rank_tokens_sampled",
         "rank_steps_replayed",
+        "rank_decodes_eager",
         "rank_graphs",
         "dispatch_rows_sent",
         "masks_seconds",

@@ -6,20 +6,27 @@ replay must not read.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from k2dist.comm import Alone
 from k2dist.config import read_architecture
-from k2dist.engine import LocalWorld
+from k2dist.engine import LocalWorld, RankComms, runtime
+from k2dist.engine.form import FormRule
 from k2dist.engine.graphs import CudaRecorder, TwinRecorder
 from k2dist.engine.local import Generated
+from k2dist.engine.recording import record_sizes
 from k2dist.engine.static_batch import StaticBatch
-from k2dist.messages import RankStats, Sampling
+from k2dist.ids import Generation
+from k2dist.messages import RankProgress, RankStats, Sampling
 from k2dist.model.pieces import Pieces
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
@@ -27,6 +34,7 @@ from k2dist.scheduler import Limits
 LIMITS = Limits(step_tokens=48, max_running=12, max_waiting=64, chunk_tokens=24)
 DRAWN = Sampling(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True, frequency_penalty=0.5, logprobs=2)
 TOO_SMALL = 0.01
+NUM_SIZES = 5 * 2  # 1, 2, 4, 8, 12 rows; 16 pages and all 64
 # lanes, tp, ranks with experts alone; how many lanes have prompts
 LAYOUTS = [(1, 1, 0, 1), (2, 1, 0, 2), (1, 2, 0, 1), (2, 2, 0, 1), (4, 1, 0, 3), (1, 2, 1, 1), (1, 1, 3, 1)]
 
@@ -42,25 +50,44 @@ def run(
     num_pages: int = 64,
     kernels: str = "reference",
 ) -> tuple[list[Generated], list[RankStats]]:
-    lanes, tp, expert_only_ranks, num_busy = shape
+    num_busy = shape[3]
+    prompts = [[(7 * i + 13 * j * j + 5) % 256 for j in range(1 + 9 * (i % 4))] for i in range(num_prompts)]
+    options = {"dtype": dtype, "kernels": kernels, "capacity_factor": capacity_factor, "num_pages": num_pages}
+    with a_world(model_dir, shape, graphs, **options) as world:
+        outputs = world.generate(prompts, DRAWN, lane_of=lambda i: i % num_busy)
+    return outputs, [rank.stats() for rank in world.ranks]  # all have left after the same step
+
+
+@contextmanager
+def a_world(
+    model_dir: Path,
+    shape: tuple[int, int, int, int],
+    graphs: str = "twin",
+    *,
+    start: bool = True,
+    **options: Any,
+) -> Iterator[LocalWorld]:
+    lanes, tp, expert_only_ranks, _ = shape
     layout = first_layout(
         read_architecture(model_dir), lanes=lanes, tp=tp, expert_only_ranks=expert_only_ranks
     )
-    prompts = [[(7 * i + 13 * j * j + 5) % 256 for j in range(1 + 9 * (i % 4))] for i in range(num_prompts)]
-    with LocalWorld(
+    options = {"dtype": "float32", "kernels": "reference", "capacity_factor": 1.0, "num_pages": 64} | options
+    world = LocalWorld(
         model_dir,
         layout,
         limits=LIMITS,
         page_tokens=16,
-        num_pages=num_pages,
-        dtype=dtype,
-        kernels=kernels,
-        capacity_factor=capacity_factor,
         graphs=graphs,  # type: ignore[arg-type]
         step_deadline_s=60,
-    ) as world:
-        outputs = world.generate(prompts, DRAWN, lane_of=lambda i: i % num_busy)
-    return outputs, [rank.stats() for rank in world.ranks]  # all have left after the same step
+        **options,
+    )
+    try:
+        if start:
+            world.start()
+        yield world
+    finally:
+        world.close()
+    assert world.failure() is None
 
 
 @pytest.mark.parametrize("shape", LAYOUTS)
@@ -72,7 +99,9 @@ def test_replayed_steps_give_the_bits_of_eager_ones(
     replayed, again = run(tiny_model_dir, shape, "twin")
     assert replayed == eager
     assert len({(rank.num_steps_replayed, rank.num_recorded) for rank in again}) == 1, "all replay alike"
-    assert 0 < again[0].num_recorded < again[0].num_steps_replayed
+    assert {rank.num_recorded for rank in again} == {NUM_SIZES}
+    assert again[0].num_steps_replayed > 0
+    assert {rank.num_decodes_eager for rank in again} == {0}
     assert [rank.expert_load for rank in again] == [rank.expert_load for rank in stats], "rows that are none"
     assert {rank.num_overflows for rank in again} == {0}
 
@@ -98,6 +127,59 @@ def test_a_world_of_one_needs_no_capacity(tiny_model_dir: Path) -> None:
 def test_without_a_capacity_more_ranks_run_eagerly(tiny_model_dir: Path) -> None:
     _, stats = run(tiny_model_dir, (2, 1, 0, 2), "twin", capacity_factor=None)
     assert {rank.num_steps_replayed for rank in stats} == {0}
+    assert stats[0].num_decodes_eager > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 0, 1), (2, 2, 0, 2), (1, 1, 3, 1)])
+def test_recording_counts_nothing_but_graphs(tiny_model_dir: Path, shape: tuple[int, int, int, int]) -> None:
+    """Nor does warming up: no row is any, and no step is a step."""
+    told: list[RankProgress] = []
+    with a_world(tiny_model_dir, shape, start=False) as world:
+        world.start(lambda _, progress: told.append(progress))
+        stats = [rank.stats() for rank in world.ranks]
+    assert told[-1].num_sizes_warm == told[-1].num_sizes >= NUM_SIZES
+    for rank in stats:
+        assert rank.num_recorded == NUM_SIZES
+        assert sum(map(sum, rank.expert_load)) == 0
+        counted = (rank.num_rows_sent, rank.num_bytes_sent, rank.num_steps_padded, rank.num_overflows)
+        assert (*counted, rank.num_steps, rank.num_steps_replayed) == (0,) * 6
+
+
+def test_what_was_not_recorded_in_time_is_eager_on_all_ranks_and_counted(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's time is over after three sizes, and no other's."""
+    eager, _ = run(tiny_model_dir, (2, 1, 0, 2), "off")
+
+    def on_a_slow_rank(*args: Any, **options: Any) -> FormRule:
+        if threading.current_thread().name == "rank-1":
+            options |= {"limit_s": 2.5, "clock": itertools.count().__next__}
+        return record_sizes(*args, **options)
+
+    monkeypatch.setattr(runtime, "record_sizes", on_a_slow_rank)
+    found, stats = run(tiny_model_dir, (2, 1, 0, 2), "twin")
+    assert found == eager
+    assert {rank.num_recorded for rank in stats} == {2}, "and these are the largest"
+    assert {rank.num_decodes_eager for rank in stats} == {0}
+    monkeypatch.setattr(
+        runtime, "record_sizes", lambda *args, **options: record_sizes(*args, **options | {"limit_s": -1.0})
+    )
+    found, stats = run(tiny_model_dir, (2, 1, 0, 2), "twin")
+    assert found == eager
+    assert {(rank.num_recorded, rank.num_steps_replayed) for rank in stats} == {(0, 0)}
+    assert stats[0].num_decodes_eager == stats[1].num_decodes_eager > 0
+
+
+def test_a_new_generation_records_anew(tiny_model_dir: Path) -> None:
+    with a_world(tiny_model_dir, (1, 1, 0, 1)) as world:
+        (rank,) = world.ranks
+        assert rank.stats().num_recorded == NUM_SIZES
+    rank.join(RankComms(Alone(), Alone(), Alone(), Alone()), world, Generation(1))
+    assert rank.stats().num_recorded == 0, "graphs go with their generation"
+    noted: list[tuple[int, int]] = []
+    rank.record(lambda *of: noted.append(of))
+    assert noted == [(number, NUM_SIZES) for number in range(1, NUM_SIZES + 1)]
+    assert rank.stats().num_recorded == NUM_SIZES
 
 
 def test_a_replayed_step_that_did_not_fit_is_repeated_exactly(skewed_model_dir: Path) -> None:

@@ -7,6 +7,7 @@ The host's own tensors are on the CPU, and every operation that mixes the two is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from importlib import import_module
@@ -22,21 +23,25 @@ from k2dist.comm import Alone, CapacityRule, Exchange, RehearsalCommunicator, St
 from k2dist.config import Architecture, read_architecture
 from k2dist.engine.form import Form, FormRule
 from k2dist.engine.forward import ForwardPass, Model
-from k2dist.engine.graphs import TwinRecorder
+from k2dist.engine.graphs import Recorder, TwinRecorder
 from k2dist.engine.guard import RowGuard
 from k2dist.engine.kernel_check import KernelCheck
 from k2dist.engine.load import Places
 from k2dist.engine.plain_layer import PlainLayer
 from k2dist.engine.sequences import Sequences
-from k2dist.engine.static_batch import spare_places
+from k2dist.engine.solo import solo_batch, solo_exchange
 from k2dist.engine.steps import Step, Steps
+from k2dist.engine.warm_up import warm_up
 from k2dist.ids import Generation
 from k2dist.messages import Sampling, StepPlan, TokenLogprob
 from k2dist.model.latent_cache import LatentCache
+from k2dist.model.pieces import in_line
 from k2dist.model.weights import assemble, assemble_ends, assemble_layer
 from k2dist.parallel import Layout, expert_homes, first_layout, shard_plan
+from k2dist.parallel.buckets import spare_places
 from k2dist.planner.fewer_layers import reads_by_layer
 from k2dist.rehearsal.load import Load
+from k2dist.scheduler import Limits
 
 META = torch.device("meta")
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -118,26 +123,28 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: lambda *args, **options: None)
 
 
-def steps_of(
-    architecture: Architecture, layout: Layout, world: Alone, recorder: TwinRecorder | None
-) -> Steps:
+def model_of(architecture: Architecture, layout: Layout, num_pages: int) -> Model:
     kernels = KernelSet.triton()
     tensors = {
         read.name: torch.empty(read.cut_shape, dtype=DTYPES[read.dtype], device=META)
         for read in shard_plan(architecture, layout, 0).reads
     }
     weights = assemble(tensors, architecture, layout.place(0), layout.tp, kernels)
-    num_pages = LOAD.num_pages(PAGE_TOKENS)
     cache = LatentCache.allocate(
-        architecture, num_pages, PAGE_TOKENS, kernels, META, num_spare=spare_places(LOAD.decode)
+        architecture, num_pages, PAGE_TOKENS, kernels, META, num_spare=spare_places(24)
     )
+    return Model(weights, cache, architecture, kernels, layout.tp, frozenset({1}), META)
+
+
+def steps_of(architecture: Architecture, layout: Layout, world: Alone, recorder: Recorder | None) -> Steps:
+    num_pages = LOAD.num_pages(PAGE_TOKENS)
+    model = model_of(architecture, layout, num_pages)
     lane = RehearsalCommunicator(0, layout.tp)
     homes = [
         expert_homes(layout, layer, layout.place(0).world_rank)
         for layer in range(architecture.num_moe_layers)
     ]
     exchange = Exchange(world, homes, META)
-    model = Model(weights, cache, architecture, kernels, layout.tp, frozenset({1}), META)
     rule = FormRule.of(
         tp=layout.tp,
         world_size=world.size,
@@ -146,12 +153,17 @@ def steps_of(
         most_pages=num_pages,
         split_tokens=None,
     )
-    passes = ForwardPass(model, lane, exchange, recorder)
+    rule = rule.only(rule.buckets[:1] if recorder is not None else ())
+    passes = ForwardPass(model, lane, exchange, next(iter(rule.buckets), None))
+    for bucket in rule.buckets:
+        assert recorder is not None
+        with torch.no_grad():
+            passes.record(rule.recorded(bucket), recorder)
     sequences = Sequences(PAGE_TOKENS, layout.tp)
     return Steps(model, sequences, RowGuard(), lane, exchange, rule, passes, Inline())  # type: ignore[arg-type]
 
 
-def agreed(plan: StepPlan, *, can_replay: bool) -> StepAgreement:
+def agreed(plan: StepPlan) -> StepAgreement:
     return StepAgreement(
         generation=Generation(0),
         step=plan.step,
@@ -160,7 +172,6 @@ def agreed(plan: StepPlan, *, can_replay: bool) -> StepAgreement:
         is_stopping=False,
         has_decodes=True,
         num_pages=2,
-        can_replay=can_replay,
     )
 
 
@@ -196,7 +207,7 @@ def test_a_decode_step_reads_once(
         plan = sampled_as(plan, KINDS[kind])
         steps._sequences.apply(plan)
         with torch.no_grad(), Watch() as watch:
-            step = steps.forward(plan, before, agreed(plan, can_replay=recorder is not None))
+            step = steps.forward(plan, before, agreed(plan))
             assert watch.num_reads == 0
             steps.sample(step)
             assert watch.num_reads == 1, "the one read of a step"
@@ -204,7 +215,99 @@ def test_a_decode_step_reads_once(
             steps.finish(step)
         before = step
     if recorder is not None:
-        assert steps._passes.num_steps_replayed == LOAD.num_steps - 1
+        assert steps._passes.num_steps_replayed == LOAD.num_steps
+
+
+class Launches(TorchDispatchMode):
+    """Counts what torch launches on the device."""
+
+    VIEWS = frozenset(
+        (
+            *("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty"),
+            *("permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
+            *("unbind", "unsqueeze", "view", "_unsafe_view"),
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_there = any(x.device == META for x in _tensors((args, kwargs))) or kwargs.get("device") == META
+        self.count += is_there and str(func.overloadpacket).removeprefix("aten.") not in self.VIEWS
+        return func(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize(("kind", "most"), [("greedy", 50), ("drawn", 82), ("filtered", 142)])
+def test_sampling_launches_no_more_than_is_said(tiny_model_dir: Any, kind: str, most: int) -> None:
+    """Behind a replayed forward pass, in any number of rows; the head is one launch more."""
+    architecture = read_architecture(tiny_model_dir)
+    steps = steps_of(
+        architecture, first_layout(architecture, lanes=1, tp=1), Alone(), TwinRecorder(lambda: None)
+    )
+    plan = sampled_as(next(iter(LOAD.plans(PAGE_TOKENS, architecture.vocab_size))), KINDS[kind])
+    steps._sequences.apply(plan)
+    with torch.no_grad(), Watch():
+        step = steps.forward(plan, None, agreed(plan))
+        with Launches() as launches:
+            steps.sample(step)
+    assert 20 < launches.count <= most
+
+
+class KeptRecorder:
+    """Recordings that launch nothing and give what is there, as graphs do: what remains is the host's own."""
+
+    def record(self, begin: Any) -> Any:
+        class Kept:
+            result = in_line(begin())
+
+            def replay(self) -> Tensor:
+                return self.result
+
+        return Kept()
+
+
+class Allocations(TorchDispatchMode):
+    """Notes tensors on the device that were not there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = {x.untyped_storage()._cdata for x in _tensors((args, kwargs)) if x.device == META}
+        found = func(*args, **kwargs)
+        if any(x.device == META and x.untyped_storage()._cdata not in known for x in _tensors(found)):
+            self.made.append(str(func.overloadpacket))
+        return found
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_replayed_pass_allocates_nothing(tiny_model_dir: Any, shape: str) -> None:
+    """What goes round a graph: numbers are copied to where they are read, and views are views."""
+    architecture = read_architecture(tiny_model_dir)
+    lanes, tp = SHAPES[shape]
+    layout = first_layout(architecture, lanes=lanes, tp=tp)
+    world = Alone() if layout.world_size == 1 else Loop()
+    steps = steps_of(architecture, layout, world, KeptRecorder())
+    passes = steps._passes
+    for plan in LOAD.plans(PAGE_TOKENS, architecture.vocab_size):
+        steps._sequences.apply(plan)
+        batch = steps._sequences.batch(plan)
+        with torch.no_grad(), Watch(), Allocations() as allocations:
+            passes.run(passes.stage(batch, steps._rule.form(agreed(plan))))
+        assert allocations.made == []
+        for grant in plan.grants:
+            steps._sequences.append(grant.seq_id, 1)
+    assert passes.num_steps_replayed == LOAD.num_steps
+    with torch.no_grad(), Watch(), Allocations() as allocations:
+        passes.try_out(steps._rule.recorded(steps._rule.buckets[0]))
+    assert allocations.made, "an eager step is seen"
 
 
 @pytest.mark.usefixtures("no_launches")
@@ -216,6 +319,55 @@ def test_who_waits_is_seen(tiny_model_dir: Any) -> None:
     steps._sequences.apply(plan)
     with torch.no_grad(), Watch(), pytest.raises(AssertionError, match=r"leaves the device|waits"):
         steps._passes.exactly(steps._passes.stage(steps._sequences.batch(plan), Form()))
+
+
+def specialised(kernel: Any, args: Any, options: dict[str, Any]) -> tuple[object, ...]:
+    """What Triton compiles a kernel anew for: constants, types, integers that are 1 or multiples of 16, and
+    addresses that are."""
+    is_bound = not isinstance(kernel, jit.Kernel)
+    function = kernel.fn if is_bound else kernel.function
+    varies = {p.name for p in kernel.params if p.do_not_specialize} if is_bound else set(kernel.varies)
+    of_args = [
+        (x.dtype, x.storage_offset() * x.itemsize % 16 == 0)
+        if isinstance(x, Tensor)
+        else ((x == 1, x % 16 == 0) if isinstance(x, int) else type(x))
+        for name, x in zip(inspect.signature(function).parameters, args, strict=False)
+        if name not in varies
+    ]
+    return (function.__name__, *sorted(options.items()), *of_args)
+
+
+def test_once_warm_no_step_compiles_a_kernel(tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of any number of rows, and generated rows that are eager beside them."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import KernelInterface
+
+    launched: set[tuple[object, ...]] = set()
+    for kind in (jit.Kernel, KernelInterface, InterpretedFunction):
+        monkeypatch.setattr(
+            kind,
+            "__getitem__",
+            lambda kernel, grid: lambda *args, **options: launched.add(specialised(kernel, args, options)),
+        )
+    architecture = read_architecture(tiny_model_dir)
+    layout = first_layout(architecture, lanes=1, tp=1)
+    model = model_of(architecture, layout, num_pages=24)
+    limits = Limits(step_tokens=160, max_running=24, max_waiting=9, chunk_tokens=96)
+    rule = FormRule.of(tp=1, world_size=1, padding=None, most_rows=24, most_pages=24, split_tokens=None)
+    warm_up(model, layout, 0, rule, limits)
+    passes = ForwardPass(model, Alone(), solo_exchange(architecture, layout.place(0), META))
+    warm = set(launched)
+    launched.clear()
+    with torch.inference_mode(), Watch():
+        for num_rows in (1, 2, 5, 15, 16, 17, 32, 33, 48, 63, 64, 65, 96):
+            prompt = solo_batch(num_rows, PAGE_TOKENS, 0, num_rows, is_prompt=True)
+            passes.run(passes.stage(prompt, Form()))
+        for num_rows in (1, 3, 16, 20):
+            generated = solo_batch(num_rows, PAGE_TOKENS, 0, num_rows, is_prompt=False)
+            passes.run(passes.stage(generated, Form()))
+    assert len(launched) > 20
+    assert launched <= warm, sorted(map(str, launched - warm))
 
 
 class OneDevice(TorchDispatchMode):

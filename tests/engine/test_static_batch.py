@@ -8,11 +8,11 @@ import torch
 from k2kernels import KernelSet
 
 from k2dist.config import read_architecture
-from k2dist.engine.form import Bucket
 from k2dist.engine.staging import Staging
-from k2dist.engine.static_batch import StaticBatch, spare_places
+from k2dist.engine.static_batch import StaticBatch, StaticRoom
 from k2dist.model.batch import Batch
 from k2dist.model.latent_cache import LatentCache
+from k2dist.parallel.buckets import Bucket, spare_places
 
 CPU, PAGE_TOKENS, NUM_PAGES, BUCKET = torch.device("cpu"), 4, 6, Bucket(5, 3)
 
@@ -52,11 +52,15 @@ def vars_of(batch: Batch) -> list[object]:
 
 def test_rows_behind_the_steps_are_none_and_nothing_moves(tiny_model_dir) -> None:  # type: ignore[no-untyped-def]
     latents = cache(tiny_model_dir)
-    ranks = [StaticBatch(BUCKET, 2, tp_rank, latents, CPU) for tp_rank in range(2)]
-    staging, before = Staging(StaticBatch.size(BUCKET), CPU), addresses(ranks[0])
+    rooms = [StaticRoom(Bucket(8, 4), 16, torch.float32, CPU) for _ in range(2)]  # larger than is needed
+    ranks = [StaticBatch(BUCKET, 2, tp_rank, latents, room) for tp_rank, room in enumerate(rooms)]
+    staging, before = rooms[0].staging, addresses(ranks[0])
     for num_rows, samples in ((3, [2, 0]), (0, []), (1, [0]), (3, [0, 1, 2])):
         batch = decodes(num_rows, samples)
-        staged = staging.put(lambda host, batch=batch: ranks[0].fill_(host, batch))  # type: ignore[misc]
+        staged = staging.put(
+            lambda host, batch=batch: ranks[0].fill_(host, batch),  # type: ignore[misc]
+            BUCKET.num_ints,
+        )
         for static in ranks:
             staged.copy_to_(static.buffer)
             static.put_tokens_(batch.token_T)
@@ -76,10 +80,18 @@ def test_rows_behind_the_steps_are_none_and_nothing_moves(tiny_model_dir) -> Non
 
 def test_a_buffer_is_not_filled_again_before_the_step_after_the_next() -> None:
     staging = Staging(2, CPU)
-    first, second = (staging.put(lambda host, n=n: host.fill_(n)) for n in (1, 2))  # type: ignore[misc]
+    first, second = (staging.put(lambda host, n=n: host.fill_(n), 2) for n in (1, 2))  # type: ignore[misc]
     out = torch.zeros(2, dtype=torch.int64)
     first.copy_to_(out)
     assert out.tolist() == [1, 1]
     second.copy_to_(out)
     assert out.tolist() == [2, 2]
-    assert staging.put(lambda host: None) is first
+    assert staging.put(lambda host: None, 2) is first
+
+
+def test_a_smaller_size_writes_no_more_than_its_own_numbers() -> None:
+    staging, out = Staging(4, CPU), torch.zeros(4, dtype=torch.int64)
+    for _ in range(2):
+        staging.put(lambda host: host.fill_(7), 4).copy_to_(out)
+    staging.put(lambda host: host.fill_(1), 2).copy_to_(out[:2])
+    assert out.tolist() == [1, 1, 7, 7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from k2kernels import KernelSet
 from k2kernels.bench import __main__ as bench
 from k2kernels.bench.ceilings import Ceilings
 from k2kernels.bench.peers import peers_of
-from k2kernels.bench.work import OPS
+from k2kernels.bench.work import OPS, Work
 from k2kernels.cost import Cost
 from torch import Tensor
 
@@ -75,6 +76,25 @@ def test_lines_can_be_read_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert {"device", "versions", "date"} <= set(first)
     assert {line["op"] for line in lines} == {"rope"}
     assert all(line["time_us"] is None and "used up" in line["note"] for line in lines)
+
+
+def test_a_kernel_that_fails_is_a_row_and_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the next op is timed."""
+    ceilings = Ceilings(read_gb_s=10.0, copy_gb_s=8.0, bfloat16_tflop_s=0.1, e4m3_factor=1.0)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda clock: ceilings)
+    broken = dataclasses.replace(OPS["rope"], build=lambda *_: Work(lambda: 1 // 0))
+    for name, op in (("rope", broken), ("swiglu", OPS["swiglu"])):
+        case = op.module.Case(**SMALL[name])
+        monkeypatch.setattr(op.module, "CASES", [case])
+        monkeypatch.setitem(bench.OPS, name, op)
+    assert bench.main(["rope", "swiglu", "--json", "--kernels", "reference"]) == 1
+    _, rope, *others = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (rope["op"], rope["time_us"]) == ("rope", None)
+    assert rope["note"].startswith("failed: ZeroDivisionError")
+    assert all(line["time_us"] for line in others if line["contender"] == "reference")
+    assert bench.main(["swiglu", "--json", "--kernels", "reference"]) == 0
 
 
 def test_what_cannot_be_timed_is_refused() -> None:

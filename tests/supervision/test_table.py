@@ -39,7 +39,7 @@ from k2dist.supervision.events import (
 )
 from k2dist.supervision.table import Phase, first_table
 
-DEADLINES = DeadlinesConfig(start_s=60, load_s=100, join_s=30, drain_s=20, stop_s=10, lease_s=5)
+DEADLINES = DeadlinesConfig(start_s=60, load_s=100, join_s=30, record_s=10, drain_s=20, stop_s=10, lease_s=5)
 FIRST = Generation(1)
 
 
@@ -169,7 +169,7 @@ def test_before_it_runs_a_world_stops_without_draining(phase: Phase) -> None:
     [
         (Phase.PLACING, "start_s", "the placement group was not ready within start_s=60"),
         (Phase.BUILDING, "load_s", "world ranks 0, 1 not done loading within load_s=100"),
-        (Phase.JOINING, "join_s", "world ranks 0, 1 did not join within join_s=30"),
+        (Phase.JOINING, "joined_s", "world ranks 0, 1 did not join within join_s + record_s=40"),
     ],
 )
 def test_every_wait_on_the_way_up_has_a_deadline(phase: Phase, name: str, reason: str) -> None:

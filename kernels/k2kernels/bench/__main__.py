@@ -23,6 +23,7 @@ from k2kernels.cost import Cost
 # times their bytes.
 MOST_BYTES = {"cuda": 64 << 30, "cpu": 64 << 20}
 MOST_FLOPS = {"cuda": 10**13, "cpu": 2 * 10**9}
+FAILED = "failed"  # what the note of a kernel begins with that did not get through its case
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,13 @@ class Bench:
             if reason := self._reason_to_skip(cost):
                 yield Line(name, text, self.kernels.name, note=reason)
                 continue
-            work = op.build(case, self.kernels, self.device)
-            yield self._timed(Line(name, text, self.kernels.name), op, cost, self.clock.median_s(work.run))
+            line = Line(name, text, self.kernels.name)
+            try:
+                work = op.build(case, self.kernels, self.device)
+                yield self._timed(line, op, cost, self.clock.median_s(work.run))
+            except Exception as error:  # noqa: BLE001  whatever a kernel raises is its own row's
+                yield Line(name, text, self.kernels.name, note=f"{FAILED}: {_first_line(error)}")
+                continue
             for peer in peers_of(name, self.device):
                 yield self._peer_line(Line(name, text, peer.name), peer, op, cost, work)
 
@@ -68,8 +74,7 @@ class Bench:
                 return Line(line.op, line.case, peer.name, note="not for this case")
             return self._timed(line, op, cost, self.clock.median_s(call))
         except REFUSALS as error:
-            reason = str(error).strip().split("\n")[0][:80]
-            return Line(line.op, line.case, peer.name, note=f"refused: {type(error).__name__}: {reason}")
+            return Line(line.op, line.case, peer.name, note=f"refused: {_first_line(error)}")
 
     def _timed(self, line: Line, op: Op, cost: Cost, time_s: float) -> Line:
         floor_s, binds = self.ceilings.floor_s(cost, is_e4m3=op.is_e4m3)
@@ -85,6 +90,11 @@ class Bench:
         )
 
 
+def _first_line(error: Exception) -> str:
+    text, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {text[:80]}"
+
+
 def kernel_set(name: str | None, device: torch.device) -> KernelSet:
     """The set called `name`; without a name Triton's on a CUDA device and the reference elsewhere."""
     name = name or ("triton" if device.type == "cuda" else "reference")
@@ -97,7 +107,8 @@ def kernel_set(name: str | None, device: torch.device) -> KernelSet:
     return kernels
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """The exit status: 1 if any of our kernels failed. Peers may refuse."""
     parser = argparse.ArgumentParser(prog="python -m k2kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="*", help=f"which ops; all without a name: {', '.join(OPS)}")
     parser.add_argument("--kernels", choices=("reference", "native", "triton"))
@@ -115,10 +126,13 @@ def main(arguments: list[str]) -> None:
         ceilings = measure_ceilings(clock)
         print(head_line(kernels.name, ceilings, machine(device), is_json=options.json), flush=True)
         bench = Bench(kernels, device, clock, ceilings, end_s)
+        has_failed = False
         for name in options.op or OPS:
             for line in bench.lines(name):
+                has_failed |= line.note.startswith(FAILED)
                 print(line_text(line, is_json=options.json), flush=True)
+    return int(has_failed)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
