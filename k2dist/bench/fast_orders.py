@@ -76,7 +76,9 @@ class PreReduced(Exchange):
         def add(out_t1D: Tensor, weight_tK: Tensor, shared_tD: Tensor, out_dtype: torch.dtype) -> Tensor:
             return (out_t1D[:, 0] + shared_tD).to(out_dtype)
 
-        return dataclasses.replace(base, router_topk=route, weighted_sum=add, whole_moe=None)
+        return dataclasses.replace(
+            base, router_topk=route, weighted_sum=add, whole_moe=None, whole_layers=None
+        )
 
     def dispatch(self, moe_layer: int, rows_TW: Tensor, expert_TK: Tensor) -> tuple[Dispatched, Ticket]:
         to_rank_RT = torch.zeros(self.comm.size, len(rows_TW), dtype=torch.bool)

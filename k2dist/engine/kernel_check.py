@@ -21,7 +21,7 @@ T tokens, D hidden width, K experts of a token, E experts, V vocabulary rows of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from k2kernels import Experts, KernelSet
@@ -32,6 +32,7 @@ from k2dist.config import Architecture
 from k2dist.engine.load import CPU
 from k2dist.engine.plain_layer import PlainLayer
 from k2dist.engine.solo import solo_architecture, solo_batch, solo_cache, solo_exchange, solo_slot
+from k2dist.model.decoder import in_one_call
 from k2dist.model.lane_step import LaneStep
 from k2dist.model.mla import attention
 from k2dist.model.moe import moe, rule, through_experts
@@ -54,6 +55,14 @@ def layers_to_check(architecture: Architecture) -> set[int]:
     return {0, min(first_moe, architecture.num_layers - 1), architecture.num_layers - 1}
 
 
+@dataclass(frozen=True, slots=True)
+class OneLayer:
+    """A stack of it, and a norm."""
+
+    layers: tuple[Layer]
+    norm_D: Tensor
+
+
 class KernelCheck:
     """One rank's check, layer after layer in ascending order: `faults` names half layers that are off."""
 
@@ -71,7 +80,7 @@ class KernelCheck:
         self._place = place
         self._exchange = solo_exchange(architecture, place, device)
         self._kernels = kernels
-        self._in_steps = replace(kernels, whole_attention=None, whole_moe=None)
+        self._in_steps = replace(kernels, whole_attention=None, whole_moe=None, whole_layers=None)
         self._num_tokens = min(NUM_TOKENS, architecture.max_positions)
         self._cache = solo_cache(self._architecture, self._num_tokens, page_tokens, kernels, device)
         self._h_TD = torch.empty(0)
@@ -98,6 +107,7 @@ class KernelCheck:
             if experts is not None:
                 yield from self._experts(index, experts, plain)
             return
+        before_TD = self._h_TD
         yield from self._attention(index, layer, plain)
         match layer.mlp:
             case Mlp():
@@ -105,6 +115,8 @@ class KernelCheck:
             case Moe():
                 assert experts is not None
                 yield from self._moe(index, layer, layer.mlp, experts, plain)
+        if self._kernels.whole_layers is not None:
+            yield from self._whole_layer(index, layer, experts, before_TD)
 
     def head(self, lane: LaneWeights, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         """Faults of the last norm and the head, for the last rows."""
@@ -198,6 +210,25 @@ class KernelCheck:
         yield from self._compare(
             f"layers.{index}.mlp.experts", out_TKD[row_S].flatten(0, 1), wanted_SKD.flatten(0, 1)
         )
+
+    def _whole_layer(self, index: int, layer: Layer, experts: Experts | None, h_TD: Tensor) -> Iterator[str]:
+        """Generated rows in one call, from the stream before the layer to that after it, normed."""
+        moe_layer, all_experts, slots = index - self._architecture.first_dense_layers, [], []
+        if experts is not None:
+            if not self._place.experts[moe_layer]:
+                return
+            slot_E = self._exchange.home_slots(moe_layer)
+            assert slot_E is not None, "in a world of one all experts are at home"
+            all_experts, slots = [experts], [slot_E]
+        start, stop = self._num_tokens - NUM_GENERATED, self._num_tokens
+        batch = solo_batch(stop, self._cache.page_tokens, start, stop, is_prompt=False, device=self._device)
+        cache = replace(self._cache, layers=(self._cache.layers[index],))
+        step = LaneStep(batch, cache, Alone(), self._architecture, self._kernels)
+        stack = OneLayer((layer,), layer.mlp_norm_D)
+        x_TD, _ = in_one_call(h_TD[start:].clone(), stack, all_experts, slots, step)
+        eps = self._architecture.rms_norm_eps
+        wanted_TD = self._kernels.rmsnorm(self._h_TD[start:], layer.mlp_norm_D, eps)
+        yield from self._same(f"layers.{index} as a whole", x_TD, wanted_TD)
 
     # -- in float64 ------------------------------------------------------------------------------------
 

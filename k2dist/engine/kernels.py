@@ -67,7 +67,8 @@ def with_cpu_experts(kernels: KernelSet, dtype: str) -> KernelSet:
         versions=(*kernels.versions, *cpu.versions),
         prepare_grouped=cpu.prepare_grouped,
         whole_experts=experts,
-        whole_moe=None,  # it would look into what the CPU's set has laid out
+        whole_moe=None,  # these would look into what the CPU's set has laid out
+        whole_layers=None,
     )
 
 

@@ -51,7 +51,7 @@ class PlainLayer:
         latent_and_key = self._linear(x_TD, "self_attn.kv_a_proj_with_mqa")
         latent, key = latent_and_key.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         latent = self._norm(latent, "self_attn.kv_a_layernorm", a.inner_norm_eps)
-        kv = self._rounded(latent @ self._rounded(self._weight("self_attn.kv_b_proj", x_TD.device)).T)
+        kv = self._rounded(latent @ self._weight("self_attn.kv_b_proj", x_TD.device).T)
         k_nope, value = kv.unflatten(-1, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
         key_ThR = self._turned(key[:, None]).expand(-1, a.num_heads, -1)
         q_nope, q_rope = q_ThD.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)

@@ -16,11 +16,12 @@ V vocabulary, v this rank's slice of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from k2kernels import KernelSet
+from k2kernels import Experts, KernelSet
+from k2kernels.whole import Numbers, StackWeights
 from torch import Tensor
 
 from k2dist.comm import Communicator, TokenExchange
@@ -28,8 +29,8 @@ from k2dist.config import Architecture
 from k2dist.model.batch import Batch
 from k2dist.model.lane_step import LaneStep
 from k2dist.model.latent_cache import LatentCache
-from k2dist.model.mla import attention
-from k2dist.model.moe import moe_pieces, serve
+from k2dist.model.mla import attention, generated_rows
+from k2dist.model.moe import moe_pieces, rule, serve
 from k2dist.model.pieces import Pieces, in_line
 from k2dist.model.weights import LaneWeights, Layer, Mlp, Moe, Weights
 
@@ -102,6 +103,11 @@ def pieces(
     step = LaneStep(batch, cache, lane, architecture, kernels)
     h_tD = _embed(weights.lane, step)
     see("embedding", h_tD)
+    if observer is None and (slots := _slots_at_home(weights.experts, exchange, step)) is not None:
+        x_tD, counts = in_one_call(h_tD, weights.lane, weights.experts, slots, step)
+        for moe_layer, counts_e in enumerate(counts):
+            exchange.count_at_home(moe_layer, counts_e)
+        return x_tD[batch.sample_S]
     for index, layer in enumerate(weights.lane.layers):
         x_tD = kernels.rmsnorm(h_tD, layer.attention_norm_D, architecture.rms_norm_eps)
         h_tD = h_tD + attention(x_tD, index, layer.attention, step)
@@ -111,6 +117,27 @@ def pieces(
         h_tD = h_tD + delta_tD
         see(f"layers.{index}.mlp", h_tD)
     return _last_rows(h_tD, weights.lane, step)
+
+
+def _slots_at_home(
+    experts: Sequence[Experts], exchange: TokenExchange, step: LaneStep
+) -> list[Tensor] | None:
+    """Every expert's slot in each MoE layer, where the kernels can take all layers at once; else None."""
+    if step.kernels.whole_layers is None or step.lane.size != 1 or step.batch.prompts:
+        return None
+    slots = [exchange.home_slots(moe_layer) for moe_layer in range(len(experts))]
+    here = [slot_E for slot_E in slots if slot_E is not None]
+    return here if len(here) == len(slots) else None
+
+
+def in_one_call(
+    h_TD: Tensor, stack: StackWeights, experts: Sequence[Experts], slots: Sequence[Tensor], step: LaneStep
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """All layers of `stack` and the norm after them: [T, D], and what each slot computed. Uses `h_TD` up."""
+    a, whole = step.architecture, step.kernels.whole_layers
+    assert whole is not None, "these kernels take one half layer at a time"
+    numbers = Numbers(a.rms_norm_eps, a.inner_norm_eps, a.softmax_scale, rule(a))
+    return whole(h_TD, stack, experts, slots, generated_rows(step), step.cache, numbers)
 
 
 def _look_away(name: str, h_tD: Tensor) -> None:

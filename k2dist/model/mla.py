@@ -42,13 +42,17 @@ def attention(x_tD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
 
 def _in_one_call(whole: WholeAttention, x_TD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
     """All that `attention` does, where no row travels and each is a generated one, in the batch's order."""
-    batch, cache, architecture = step.batch, step.cache, step.architecture
-    rows = GeneratedRows(
-        batch.position_T, batch.write_T, batch.decode_length_R, batch.decode_page_RP, cache.page_tokens
+    rope, eps, scale = step.cache.rope, step.architecture.inner_norm_eps, step.architecture.softmax_scale
+    cache_CD = step.cache.layers[layer]
+    return whole(x_TD, weights, generated_rows(step), cache_CD, rope.cos_PF, rope.sin_PF, eps, scale)
+
+
+def generated_rows(step: LaneStep) -> GeneratedRows:
+    """Of a step without prompts."""
+    batch = step.batch
+    return GeneratedRows(
+        batch.position_T, batch.write_T, batch.decode_length_R, batch.decode_page_RP, step.cache.page_tokens
     )
-    rope, scale = cache.rope, architecture.softmax_scale
-    eps = architecture.inner_norm_eps
-    return whole(x_TD, weights, rows, cache.layers[layer], rope.cos_PF, rope.sin_PF, eps, scale)
 
 
 def _compress(x_tD: Tensor, weights: Mla, step: LaneStep) -> Tensor:

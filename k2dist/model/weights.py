@@ -13,8 +13,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from k2kernels import Experts, KernelSet, Prepared, StoredWeight
-from k2kernels.fp8_gemm import dequantise
+from k2kernels import Experts, KernelSet, Prepared, StoredWeight, absorb
 from torch import Tensor
 
 from k2dist.config import Architecture
@@ -241,9 +240,8 @@ def _mla(source: _Source, architecture: Architecture, prefix: str, tp: int, kern
     hidden, heads = architecture.hidden_size, architecture.num_heads // tp
     q_rank, kv_rank = architecture.q_lora_rank, architecture.kv_lora_rank
     nope, value = architecture.qk_nope_head_dim, architecture.v_head_dim
-    kv_b = dequantise(source.weight(f"{prefix}kv_b_proj", heads * (nope + value), kv_rank))
-    # Per head first the key rows, then the value rows; absorbed products take the stream's precision.
-    kv_b_hRL = kv_b.view(heads, nope + value, kv_rank).to(kernels.dtype)
+    kv_b = source.weight(f"{prefix}kv_b_proj", heads * (nope + value), kv_rank)
+    keys, values = absorb.heads_of(kv_b, heads, nope)
     return Mla(
         qkv_a=kernels.prepare_linear(
             [
@@ -256,8 +254,8 @@ def _mla(source: _Source, architecture: Architecture, prefix: str, tp: int, kern
         q_b=kernels.prepare_linear(
             [source.weight(f"{prefix}q_b_proj", heads * architecture.qk_head_dim, q_rank)]
         ),
-        w_uk_hNL=kernels.prepare_keys(kv_b_hRL[:, :nope]),
-        w_uv_hLV=kernels.prepare_values(kv_b_hRL[:, nope:].transpose(1, 2)),
+        w_uk_hNL=kernels.prepare_keys(keys),
+        w_uv_hLV=kernels.prepare_values(values),
         o=kernels.prepare_linear([source.weight(f"{prefix}o_proj", hidden, heads * value)]),
     )
 

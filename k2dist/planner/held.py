@@ -149,8 +149,11 @@ def _absorbed(architecture: Architecture, num_heads: int, form: Form) -> int:
     a = architecture
     nope, value, latent = a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank
     if form.kernels == "native":
-        keys = packed_bytes(latent, nope, None) + packed_bytes(nope, latent, None)
-        return num_heads * (keys + packed_bytes(value, latent, None))
+        block = a.scale_block
+        if block is not None and (nope % block or value % block):
+            block = None  # a scale block is of two heads, or of keys and values: bfloat16
+        keys = packed_bytes(latent, nope, block) + packed_bytes(nope, latent, block)
+        return num_heads * (keys + packed_bytes(value, latent, block))
     item = FLOAT32_BYTES if form.kernels == "reference" else form.stream_bytes
     return num_heads * (nope + value) * latent * item
 

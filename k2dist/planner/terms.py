@@ -15,7 +15,7 @@ class Form(Message, frozen=True, kw_only=True):
     """How a kernel set keeps weights and cache (`held`).
 
     reference   every linear, and what is absorbed of kv_b, in float32
-    native      float8 in panels of 16 outputs, each with its own scales; kv_b in bfloat16, its key part twice
+    native      float8 in panels of 16 outputs, each with its own scales; kv_b's key part twice
     triton      as published, float8 with scales or bfloat16; kv_b in the stream's type
     """
 

@@ -1,7 +1,7 @@
 """A matrix per head: y[t, h] = x[t, h] w[h]. Carries queries into the latent space and values out of it.
 
-T tokens (may be 0), H heads, K inputs, N outputs. x and y share a dtype, and w holds values of
-that dtype (the reference's in float32); sums are float32, rounded once.
+T tokens (may be 0), H heads, K inputs, N outputs. x and y share a dtype; sums are float32, rounded once. x is
+never quantised. w is kv_b as the checkpoint means it; a set may keep it rounded to x's dtype (Triton's does).
 
     q_latent = q_nope W_UK    K = 128, N = 512           out = o_latent W_UV^T    K = 512, N = 128
 
@@ -10,6 +10,7 @@ Source: DeepSeek-V2 report, arXiv:2405.04434, section 2.1.2 (W_UK goes into W_Q,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from k2kernels.arguments import FLOATS, check_tensor
 from k2kernels.cost import Cost
+from k2kernels.fp8_gemm import StoredWeight, dequantise
 from k2kernels.jit import OPTIONS, jit_varying
 from k2kernels.portable import dot, narrow
 from k2kernels.product import BFLOAT16, PLAIN_FLOAT32, Tiles, choose_tiles, piece_of_k
@@ -25,6 +27,37 @@ from k2kernels.rows import TILE_ROWS, padded_rows
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+def heads_of(kv_b: StoredWeight, num_heads: int, nope: int) -> tuple[list[StoredWeight], list[StoredWeight]]:
+    """Each head's key rows [N, L] and its value rows [V, L], which follow them in kv_b.
+
+    Views of what is stored, where scale blocks end with them; else dequantised, in float32.
+    """
+    of_head = len(kv_b.w_NK) // num_heads
+    block = kv_b.block or 1
+    if nope % block or of_head % block:
+        kv_b, block = StoredWeight(dequantise(kv_b)), 1
+
+    def rows(start: int, stop: int) -> StoredWeight:
+        scale_nk = kv_b.scale_nk if kv_b.scale_nk is None else kv_b.scale_nk[start // block : stop // block]
+        return StoredWeight(kv_b.w_NK[start:stop], scale_nk, kv_b.block)
+
+    starts = [head * of_head for head in range(num_heads)]
+    return (
+        [rows(start, start + nope) for start in starts],
+        [rows(start + nope, start + of_head) for start in starts],
+    )
+
+
+def prepare_keys(heads: Sequence[StoredWeight], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[H, N, L] of each head's key rows."""
+    return torch.stack([dequantise(head).to(dtype) for head in heads])
+
+
+def prepare_values(heads: Sequence[StoredWeight], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[H, L, V] of each head's value rows."""
+    return prepare_keys(heads, dtype).transpose(1, 2).contiguous()
 
 
 def reference(x_THK: Tensor, w_HKN: Tensor) -> Tensor:
@@ -119,5 +152,5 @@ CASES = [
 
 
 def cost(case: Case) -> Cost:
-    moved = 2 * case.H * (case.K * case.N + case.T * (case.K + case.N))
+    moved = case.H * (case.K * case.N + 2 * case.T * (case.K + case.N))  # weights as stored: a byte each
     return Cost(moved, 2 * case.T * case.H * case.K * case.N)

@@ -42,7 +42,7 @@ from k2kernels import (
 )
 from k2kernels.act_quant import QuantisedRows
 from k2kernels.fp8_gemm import StoredWeight
-from k2kernels.whole import WholeAttention, WholeMoe
+from k2kernels.whole import WholeAttention, WholeLayers, WholeMoe
 
 # Weights as a set's own `prepare_*` laid them out: dataclasses, tuples and tensors into which nobody else
 # looks, but for `block`, of the scales that activations need (None: no scales).
@@ -69,8 +69,10 @@ class KernelSet:
 
     prepare_linear: Callable[[Sequence[StoredWeight]], Prepared]
     prepare_plain: Callable[[Tensor], Prepared]  # unquantised: the head
-    prepare_keys: Callable[[Tensor], Prepared]  # kv_b's key part [H, N, L], for absorb and mla_prefill
-    prepare_values: Callable[[Tensor], Prepared]  # its value part [H, L, V], likewise
+    prepare_keys: Callable[
+        [Sequence[StoredWeight]], Prepared
+    ]  # kv_b's (`absorb.heads_of`), for absorb and mla_prefill
+    prepare_values: Callable[[Sequence[StoredWeight]], Prepared]  # likewise
     prepare_grouped: Callable[[Sequence[Sequence[StoredWeight]], int], Prepared]
     act_quant: Callable[[Tensor, int], QuantisedRows]
     fp8_gemm: Callable[[Tensor | QuantisedRows, Prepared, torch.dtype], Tensor]
@@ -96,9 +98,10 @@ class KernelSet:
     whole_experts: (
         Callable[[Tensor | QuantisedRows, Tensor, Tensor, Prepared, Prepared, torch.dtype], Tensor] | None
     ) = None
-    # Half layers (`whole`): what model.mla and model.moe compose where nothing travels in between.
+    # Half layers and layers (`whole`): what `k2dist.model` composes, where nothing travels in between.
     whole_attention: WholeAttention | None = None
     whole_moe: WholeMoe | None = None
+    whole_layers: WholeLayers | None = None
 
     @classmethod
     def reference(cls, dtype: torch.dtype = torch.bfloat16) -> KernelSet:
@@ -118,8 +121,8 @@ class KernelSet:
             return_dtype=dtype,
             prepare_linear=fp8_gemm.prepare,
             prepare_plain=linear_bf16.prepare,
-            prepare_keys=linear_bf16.prepare,
-            prepare_values=linear_bf16.prepare,
+            prepare_keys=absorb.prepare_keys,
+            prepare_values=absorb.prepare_values,
             prepare_grouped=grouped_gemm.prepare_grouped,
             act_quant=act_quant.reference,
             fp8_gemm=fp8_gemm.reference,

@@ -29,7 +29,7 @@ def native_set(isa: str | None = None, num_threads: int | None = None) -> Kernel
         prepare_linear=layouts.prepare_linear,
         prepare_plain=layouts.prepare_plain,
         prepare_keys=layouts.prepare_keys,
-        prepare_values=layouts.prepare_heads,
+        prepare_values=layouts.prepare_values,
         prepare_grouped=layouts.prepare_grouped,
         act_quant=products.act_quant,
         fp8_gemm=products.fp8_gemm,
@@ -53,4 +53,5 @@ def native_set(isa: str | None = None, num_threads: int | None = None) -> Kernel
         whole_experts=products.experts,
         whole_attention=whole.attention,
         whole_moe=whole.moe,
+        whole_layers=whole.layers,
     )

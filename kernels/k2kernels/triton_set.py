@@ -7,6 +7,7 @@ there is no e4m3, so there only models without FP8 run.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -43,8 +44,8 @@ def triton_set(dtype: torch.dtype = torch.bfloat16) -> KernelSet:
         return_dtype=dtype,
         prepare_linear=fp8_gemm.prepare_stored,
         prepare_plain=linear_bf16.prepare_stored,
-        prepare_keys=linear_bf16.prepare_stored,
-        prepare_values=linear_bf16.prepare_stored,
+        prepare_keys=partial(absorb.prepare_keys, dtype=dtype),
+        prepare_values=partial(absorb.prepare_values, dtype=dtype),
         prepare_grouped=grouped_gemm.prepare_stacked,
         act_quant=act_quant.launch,
         fp8_gemm=fp8_gemm.launch,

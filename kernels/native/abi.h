@@ -17,7 +17,8 @@ enum { K2_AVX2, K2_AVX512, K2_AVX512_BF16, K2_AMX };
 //   fp8       4 inputs x 16 outputs in 64 bytes    such that two byte-unpacks give two pairs, as bf16
 //   bf16      2 inputs x 16 outputs in 64 bytes    output by output: what AMX and VDPBF16PS read
 struct K2Packed {
-  int32_t kind, block, num_panels, num_blocks;
+  int32_t kind, are_acts_quantised; // in groups of `block`, by kernels that take them in bfloat16
+  int32_t block, num_panels, num_blocks;
   int64_t num_inputs, num_outputs, panel_bytes;
   const uint8_t *data;   // [slots][panels * panel_bytes]
   const float *scale;    // [slots][panels][blocks]; null: no scales
@@ -25,7 +26,7 @@ struct K2Packed {
   const int32_t *width;  // [panels]: 1..16
 };
 
-// Activations: bfloat16 (quantised on the way where the weights have scales), or e4m3 with scales.
+// Activations: bfloat16 (quantised on the way where the weights say so), or e4m3 with scales.
 struct K2Rows {
   int32_t kind;
   int64_t num_rows, stride_bytes; // of a row
@@ -81,12 +82,10 @@ struct K2Attention {
 
 // Rows of a step: row t is at position[t], sees length[t] keys, and writes its latent to place[t].
 struct K2Generated {
-  const uint16_t *x;
-  int64_t num_rows, x_stride;
+  int64_t num_rows;
   const float *cosine, *sine; // of all positions, rope / 2 each
   const int64_t *position, *place, *length, *pages;
   int64_t page_stride, page_tokens;
-  uint16_t *cache; // places of latent + rope
 };
 
 // A layer of experts, all of them on this rank: slot[e] holds expert e.
@@ -96,6 +95,16 @@ struct K2Moe {
   const int32_t *slot;
   int64_t num_experts, num_slots;
   K2Rule rule;
+};
+
+// A decoder layer of a lane of one rank that holds all experts. gate_up, down: of a dense one, else null.
+struct K2Layer {
+  const uint16_t *attention_norm, *mlp_norm;
+  K2Attention attention;
+  const K2Packed *gate_up, *down;
+  K2Moe moe;
+  uint16_t *cache; // places of latent + rope
+  int64_t *counts; // [slots], of experts
 };
 
 struct K2Ops {
@@ -125,9 +134,13 @@ struct K2Ops {
                       const K2Rule *rule, int64_t *expert, float *weight);
   void (*mla_decode)(int threads, const K2Decode *args);
   void (*mla_prefill)(int threads, const K2Prefill *args);
-  // y: [rows][outputs of o], bfloat16.
-  void (*attention)(int threads, const K2Attention *w, const K2Generated *rows, uint16_t *y);
+  // cache: places of latent + rope; y: [rows][outputs of o], bfloat16.
+  void (*attention)(int threads, const K2Attention *w, const K2Generated *rows, const uint16_t *x, int64_t x_stride,
+                    uint16_t *cache, uint16_t *y);
   // out: room for [rows * top_k][width] outputs of experts; y: [rows][width]; counts: [slots], pairs of each.
   void (*moe)(int threads, const K2Moe *w, const uint16_t *x, int64_t num_rows, int64_t x_stride, uint16_t *out,
               uint16_t *y, int64_t *counts);
+  // h: the stream, contiguous, used up; y: what the last layer leaves, by `norm`. out: as of moe.
+  void (*layers)(int threads, const K2Layer *layers, int64_t num_layers, const uint16_t *norm, int64_t width, float eps,
+                 const K2Generated *rows, uint16_t *h, uint16_t *out, uint16_t *y);
 };

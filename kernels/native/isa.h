@@ -35,6 +35,6 @@ namespace K2_NAMESPACE {
 extern const K2Ops ops;
 const K2Ops ops = {
     linear,       mlp,         act_quant, rmsnorm,       rope,        swiglu,
-    weighted_sum, latent_write, heads,    router_logits, router_topk, mla_decode, mla_prefill, attention, moe,
+    weighted_sum, latent_write, heads,    router_logits, router_topk, mla_decode, mla_prefill, attention, moe, layers,
 };
 } // namespace K2_NAMESPACE

@@ -1,4 +1,4 @@
-// Activations laid out for `multiply`: quantised on the way where the weights have scales.
+// Activations laid out for `multiply`: quantised on the way where the weights say so.
 #pragma once
 
 static inline void put_act(bf16 *to, Vec x, int n) {
@@ -56,7 +56,7 @@ static void lay_row(const K2Packed *w, const K2Rows *rows, int64_t i, const Laid
         memcpy(some, data + begin + k, size_t(count));
         put_act(a + k, decode_e4m3(load_bytes(some)), count);
       }
-    } else if (w->scale != nullptr) {
+    } else if (w->are_acts_quantised) {
       *sx = quantise_group((const bf16 *)data + begin, n, [&](int64_t k, Vec q, int count) { put_act(a + k, q, count); });
     } else {
       *sx = 1.0f;

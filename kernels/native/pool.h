@@ -13,7 +13,8 @@ void k2_parallel(int threads, int64_t num_tasks, void (*task)(void *context, int
 // At least `num_bytes` bytes of this thread's own, aligned to 64, kept until the thread ends; contents are
 // left over from before. `which` tells apart the uses that one thread has at a time.
 enum {
-  K2_SCRATCH_WHOLE, // what a whole half layer keeps between its steps
+  K2_SCRATCH_LAYERS, // what whole layers keep between their halves
+  K2_SCRATCH_WHOLE,  // what a whole half layer keeps between its steps
   K2_SCRATCH_PAIRS,
   K2_SCRATCH_ROWS,
   K2_SCRATCH_INNER_ROWS,

@@ -1,4 +1,4 @@
-// A half layer in one call: the steps between two sums over the lane, as one after the other would give them.
+// Half layers and whole ones in one call: the steps, as one after the other would give them.
 #pragma once
 
 // Pieces of one scratch: `take` them twice in the same order, first to see how much memory they want.
@@ -12,10 +12,10 @@ struct Pieces {
   }
 };
 
-template <class Take> static inline void take_pieces(const Take &take) {
+template <class Take> static inline void take_pieces(int which, const Take &take) {
   Pieces pieces;
   take(pieces);
-  pieces.memory = (uint8_t *)k2_scratch(K2_SCRATCH_WHOLE, pieces.used);
+  pieces.memory = (uint8_t *)k2_scratch(which, pieces.used);
   pieces.used = 0;
   take(pieces);
 }
@@ -25,33 +25,34 @@ static inline K2Rows bf16_rows(const bf16 *x, int64_t num_rows, int64_t stride) 
 }
 
 // Columns of `a`: query latent, latent, rotary key. All in place but for the cache.
-static void norm_and_store(int threads, const K2Attention &w, const K2Generated &g, bf16 *a) {
+static void norm_and_store(int threads, const K2Attention &w, const K2Generated &g, bf16 *a, bf16 *cache) {
   const int64_t width = w.latent + w.rope, stride = w.q_rank + width, pairs = w.rope / 2;
   for_rows(threads, g.num_rows, [&](int64_t t) {
     bf16 *q = a + t * stride, *latent = q + w.q_rank, *key = latent + w.latent;
     rmsnorm_row(q, w.q_norm, w.q_rank, w.eps, q);
     rmsnorm_row(latent, w.kv_norm, w.latent, w.eps, latent);
     rope_row(key, g.cosine + g.position[t] * pairs, g.sine + g.position[t] * pairs, pairs, key);
-    memcpy(g.cache + g.place[t] * width, latent, size_t(width) * 2);
+    memcpy(cache + g.place[t] * width, latent, size_t(width) * 2);
   });
 }
 
-static void attention(int threads, const K2Attention *args, const K2Generated *rows, bf16 *y) {
+static void attention(int threads, const K2Attention *args, const K2Generated *rows, const bf16 *x, int64_t x_stride,
+                      bf16 *cache, bf16 *y) {
   const K2Attention &w = *args;
   const K2Generated &g = *rows;
   const int64_t T = g.num_rows, H = w.num_heads, head = w.nope + w.rope, key = w.latent + w.rope;
   const int64_t compressed = w.q_rank + key, pairs = w.rope / 2;
   bf16 *a, *q, *absorbed, *found, *values;
-  take_pieces([&](Pieces &p) {
+  take_pieces(K2_SCRATCH_WHOLE, [&](Pieces &p) {
     a = p.take<bf16>(T * compressed);
     q = p.take<bf16>(T * H * head);
     absorbed = p.take<bf16>(T * H * key);
     found = p.take<bf16>(T * H * w.latent);
     values = p.take<bf16>(T * H * w.value);
   });
-  const K2Rows x = bf16_rows(g.x, T, g.x_stride);
-  linear(threads, w.qkv_a, 1, &T, &x, a, K2_OUT_BF16, compressed);
-  norm_and_store(threads, w, g, a);
+  const K2Rows x_rows = bf16_rows(x, T, x_stride);
+  linear(threads, w.qkv_a, 1, &T, &x_rows, a, K2_OUT_BF16, compressed);
+  norm_and_store(threads, w, g, a, cache);
   const K2Rows q_latents = bf16_rows(a, T, compressed);
   linear(threads, w.q_b, 1, &T, &q_latents, q, K2_OUT_BF16, H * head);
   for_rows(threads, T, [&](int64_t t) {
@@ -60,7 +61,7 @@ static void attention(int threads, const K2Attention *args, const K2Generated *r
                absorbed + (t * H + h) * key + w.latent);
   });
   heads(threads, w.w_uk, q, T, H, H * head, head, absorbed, H * key, key);
-  const K2Decode decode = {absorbed, T, H, H * key, {g.cache, key, g.page_tokens}, g.pages, g.page_stride, g.length,
+  const K2Decode decode = {absorbed, T, H, H * key, {cache, key, g.page_tokens}, g.pages, g.page_stride, g.length,
                            w.latent, w.scale, found};
   mla_decode(threads, &decode);
   heads(threads, w.w_uv, found, T, H, H * w.latent, w.latent, values, H * w.value, w.value);
@@ -91,7 +92,7 @@ static void moe(int threads, const K2Moe *args, const bf16 *x, int64_t num_rows,
   const int64_t width = w.gate_up->num_inputs, top_k = w.rule.top_k;
   float *logit, *weight, *shared;
   int64_t *expert, *next, *home, *row;
-  take_pieces([&](Pieces &p) {
+  take_pieces(K2_SCRATCH_WHOLE, [&](Pieces &p) {
     logit = p.take<float>(num_rows * w.num_experts);
     weight = p.take<float>(num_rows * top_k);
     shared = p.take<float>(num_rows * width);
@@ -109,4 +110,40 @@ static void moe(int threads, const K2Moe *args, const bf16 *x, int64_t num_rows,
   const Laid laid = lay_again(threads, w.gate_up, one, row, num_rows * top_k, K2_SCRATCH_PAIRS);
   mlp_laid(threads, w.gate_up, w.down, w.num_slots, counts, laid, out, K2_OUT_BF16);
   weighted_sum_of(threads, out, home, weight, shared, num_rows, top_k, width, y, K2_OUT_BF16);
+}
+
+static inline void add_row(bf16 *h, const bf16 *more, int64_t width) {
+  for (int64_t k = 0; k < width; k += 16)
+    put_bf16(h + k, get_bf16(h + k, width - k) + get_bf16(more + k, width - k), width - k);
+}
+
+static void layers(int threads, const K2Layer *all, int64_t num_layers, const bf16 *last_norm, int64_t width, float eps,
+                   const K2Generated *rows, bf16 *h, bf16 *out, bf16 *y) {
+  const int64_t T = rows->num_rows;
+  bf16 *x, *delta;
+  take_pieces(K2_SCRATCH_LAYERS, [&](Pieces &p) {
+    x = p.take<bf16>(T * width);
+    delta = p.take<bf16>(T * width);
+  });
+  // What the half layer before gave goes into the stream, which is normed for the next.
+  auto next = [&](const bf16 *more, const bf16 *norm, bf16 *to) {
+    for_rows(threads, T, [&](int64_t t) {
+      if (more)
+        add_row(h + t * width, more + t * width, width);
+      rmsnorm_row(h + t * width, norm, width, eps, to + t * width);
+    });
+  };
+  for (int64_t i = 0; i < num_layers; i++) {
+    const K2Layer &layer = all[i];
+    next(i ? delta : nullptr, layer.attention_norm, x);
+    attention(threads, &layer.attention, rows, x, width, layer.cache, delta);
+    next(delta, layer.mlp_norm, x);
+    if (layer.gate_up) {
+      const K2Rows x_rows = bf16_rows(x, T, width);
+      mlp(threads, layer.gate_up, layer.down, 1, &T, &x_rows, delta, K2_OUT_BF16);
+    } else {
+      moe(threads, &layer.moe, x, T, width, out, delta, layer.counts);
+    }
+  }
+  next(num_layers ? delta : nullptr, last_norm, y);
 }

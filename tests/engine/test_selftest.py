@@ -22,7 +22,7 @@ from k2dist.engine import LocalWorld, RankRuntime, RankSpec
 from k2dist.engine import load as engine_load
 from k2dist.engine.kernels import select_kernels
 from k2dist.engine.selftest import SelfTestReport, self_test
-from k2dist.errors import CheckpointError, FaultyRankError, K2Error
+from k2dist.errors import CheckpointError, ConfigError, FaultyRankError, K2Error
 from k2dist.messages import FinishReason, RankProgress, Sampling
 from k2dist.model import decoder
 from k2dist.model.batch import Batch
@@ -313,14 +313,16 @@ KERNEL_FAULTS: dict[str, tuple[str, str]] = {
 }
 
 
-def run_self_test(model_dir: Path, dtype: str, **wrong: Callable[..., Tensor]) -> SelfTestReport:
+def run_self_test(
+    model_dir: Path, dtype: str, kernels_name: str = "reference", **wrong: Callable[..., object]
+) -> SelfTestReport:
     """World rank 0 of one, with some kernels replaced."""
     if "swiglu" in wrong:  # what is served quantises in the same pass
         one, two = wrong["swiglu"], act_quant.reference
         wrong |= {"swiglu_quant": lambda h_TG, block: two(one(h_TG), block)}
     architecture = read_architecture(model_dir)
     layout = first_layout(architecture, lanes=1, tp=1)
-    kernels = dataclasses.replace(select_kernels("reference", dtype), name="wrong", **wrong)
+    kernels = dataclasses.replace(select_kernels(kernels_name, dtype), name="wrong", **wrong)
     tensors = load_shard(model_dir, shard_plan(architecture, layout, 0))
     weights = assemble(tensors, architecture, layout.place(0), 1, kernels)
     return self_test(model_dir, architecture, layout, 0, weights, kernels, page_tokens=16)
@@ -334,6 +336,32 @@ def test_a_wrong_kernel_shows_in_its_half_layer(tiny_model_dir: Path, name: str,
     message = rf"^world rank 0: self-test: {where}: kernels 'wrong' are off by"
     with pytest.raises(FaultyRankError, match=message):
         run_self_test(tiny_model_dir, dtype, **{field: lambda *args: off(right(*args))})
+
+
+# What several steps in one call give must be the steps' own bits; where another one shows.
+WHOLE_FAULTS = {
+    "whole_attention": "layers.0.attention of generated rows",
+    "whole_moe": "layers.1.mlp",
+    "whole_layers": "layers.0 as a whole",
+}
+
+
+def bit_off(result: Any) -> Any:
+    """The last bit of one value of the stream that a whole op gives."""
+    y_TD = result[0] if isinstance(result, tuple) else result
+    y_TD.view(torch.int16)[-1, 5] ^= 1
+    return result
+
+
+@pytest.mark.parametrize("field", WHOLE_FAULTS)
+def test_one_wrong_bit_of_a_whole_op_is_found(tiny_model_dir: Path, field: str) -> None:
+    try:
+        right = getattr(select_kernels("native", "bfloat16"), field)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    message = rf"^world rank 0: self-test: {WHOLE_FAULTS[field]}: kernels 'wrong' give other bits in one call"
+    with pytest.raises(FaultyRankError, match=message):
+        run_self_test(tiny_model_dir, "bfloat16", "native", **{field: lambda *args: bit_off(right(*args))})
 
 
 def test_nan_from_a_kernel_is_a_fault(tiny_model_dir: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from k2kernels import absorb, linear_bf16, router_logits
+from k2kernels import StoredWeight, absorb, fp8_gemm, linear_bf16, router_logits
 
 if TYPE_CHECKING:
     from tests.kernels.conftest import RowsStandAlone
@@ -49,3 +49,18 @@ def test_rows_stand_alone(rows_stand_alone: RowsStandAlone) -> None:
     rows_stand_alone(lambda row_M: linear_bf16.reference(x_TD[row_M], w_ED, torch.float32), 50)
     x_THK, w_HKN = torch.randn(50, 3, 16), torch.randn(3, 40, 16).transpose(1, 2)
     rows_stand_alone(lambda row_M: absorb.reference(x_THK[row_M], w_HKN), 50)
+
+
+@pytest.mark.parametrize("block", [None, 16, 24])
+def test_heads_of_kv_b_are_its_rows(block: int | None) -> None:
+    """Three heads of 16 key and 32 value rows; blocks of 24 rows hold rows of both kinds."""
+    w_NK = torch.randn(3 * 48, 40)
+    kv_b = StoredWeight(w_NK.bfloat16())
+    if block is not None:
+        scale_nk = torch.rand(-(-len(w_NK) // block), -(-40 // block)) + 0.1
+        kv_b = StoredWeight((w_NK * 100).to(torch.float8_e4m3fn), scale_nk, block)
+    keys, values = absorb.heads_of(kv_b, 3, 16)
+    assert [head.block for head in (*keys, *values)] == [None if block == 24 else block] * 6
+    w_HRK = fp8_gemm.dequantise(kv_b).view(3, 48, 40)
+    assert torch.equal(absorb.prepare_keys(keys), w_HRK[:, :16])
+    assert torch.equal(absorb.prepare_values(values), w_HRK[:, 16:].transpose(1, 2))

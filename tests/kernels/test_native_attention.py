@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from k2kernels import KernelSet
+from k2kernels import KernelSet, StoredWeight, absorb
 from k2kernels.native import ISAS, NoNativeKernelsError, load
 from torch import Tensor
 
@@ -25,6 +25,7 @@ SCALE = 0.13
 WIDTHS = [(3, 16, 8, 32, 24), (16, 128, 64, 512, 128), (20, 40, 6, 50, 33)]
 DTYPE = torch.bfloat16
 BF16 = 2.0**-8
+BLOCK = 32
 
 
 @pytest.fixture(params=ISAS)
@@ -48,6 +49,21 @@ def paged(num_keys: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     position_S = torch.arange(num_keys)
     cache_CD[page_P[position_S // PAGE_TOKENS] * PAGE_TOKENS + position_S % PAGE_TOKENS] = latent_SD
     return latent_SD, cache_CD, page_P
+
+
+def kv_b(
+    heads: int, nope: int, latent: int, value: int, *, is_fp8: bool
+) -> tuple[list[StoredWeight], list[StoredWeight]]:
+    """Each head's key and value rows, sized to keep products near one; in small scale blocks, or bfloat16."""
+
+    def rows(num_rows: int) -> StoredWeight:
+        w_NK = torch.randn(num_rows, latent) / latent**0.5
+        if not is_fp8:
+            return StoredWeight(w_NK.bfloat16())
+        scale_nk = torch.rand(-(-num_rows // BLOCK), -(-latent // BLOCK)) / 100
+        return StoredWeight((w_NK * 300).to(torch.float8_e4m3fn), scale_nk, BLOCK)
+
+    return [rows(nope) for _ in range(heads)], [rows(value) for _ in range(heads)]
 
 
 def test_latent_write_touches_its_places_only(native: KernelSet) -> None:
@@ -90,18 +106,19 @@ def test_decode_rows_stand_alone(native: KernelSet, rows_stand_alone: RowsStandA
     rows_stand_alone(op, 10)
 
 
+@pytest.mark.parametrize("is_fp8", [True, False])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize(("start", "num_rows"), [(0, 1), (0, 65), (63, 2), (100, 37), (5, 150)])
 def test_prefill_equals_float64(
-    native: KernelSet, widths: tuple[int, ...], start: int, num_rows: int
+    native: KernelSet, widths: tuple[int, ...], start: int, num_rows: int, *, is_fp8: bool
 ) -> None:
     heads, nope, rotary, latent, value = widths
     num_keys = start + num_rows
     latent_SD, cache_CD, page_P = paged(num_keys, latent + rotary)
     q_THD = torch.randn(num_rows, heads, nope + rotary).bfloat16()
-    w_uk_HNL = (torch.randn(heads, nope, latent) / latent**0.5).bfloat16()
-    w_uv_HLV = (torch.randn(heads, latent, value) / latent**0.5).bfloat16()
-    keys, values = native.prepare_keys(w_uk_HNL), native.prepare_values(w_uv_HLV)
+    key_heads, value_heads = kv_b(heads, nope, latent, value, is_fp8=is_fp8)
+    w_uk_HNL, w_uv_HLV = absorb.prepare_keys(key_heads), absorb.prepare_values(value_heads)
+    keys, values = native.prepare_keys(key_heads), native.prepare_values(value_heads)
     out_THV = native.mla_prefill(q_THD, cache_CD, page_P, PAGE_TOKENS, start, keys, values, SCALE)
     latent_SL, rope_SR = latent_SD.double().split((latent, rotary), dim=1)
     key_HSN = torch.einsum("sl,hnl->hsn", latent_SL, w_uk_HNL.double()).bfloat16().double()
@@ -122,8 +139,8 @@ def test_a_prompt_row_does_not_know_its_chunk(native: KernelSet) -> None:
     num_keys = 140
     _, cache_CD, page_P = paged(num_keys, latent + rotary)
     q_THD = torch.randn(num_keys, heads, nope + rotary).bfloat16()
-    keys = native.prepare_keys(torch.randn(heads, nope, latent).bfloat16() / 7)
-    values = native.prepare_values(torch.randn(heads, latent, value).bfloat16() / 7)
+    key_heads, value_heads = kv_b(heads, nope, latent, value, is_fp8=True)
+    keys, values = native.prepare_keys(key_heads), native.prepare_values(value_heads)
 
     def rows(start: int, stop: int, cache_CD: Tensor) -> Tensor:
         return native.mla_prefill(
@@ -160,10 +177,8 @@ def test_no_rows(native: KernelSet) -> None:
     q_RHD = torch.empty(0, heads, latent + rotary).bfloat16()
     found = native.mla_decode(q_RHD, cache_CD, none.view(0, 0), PAGE_TOKENS, none, latent, SCALE)
     assert found.shape == (0, heads, latent)
-    keys, values = (
-        native.prepare_keys(torch.randn(heads, nope, latent).bfloat16()),
-        native.prepare_values(torch.randn(heads, latent, value).bfloat16()),
-    )
+    key_heads, value_heads = kv_b(heads, nope, latent, value, is_fp8=True)
+    keys, values = native.prepare_keys(key_heads), native.prepare_values(value_heads)
     q_THD = torch.empty(0, heads, nope + rotary).bfloat16()
     found = native.mla_prefill(q_THD, cache_CD, page_P, PAGE_TOKENS, 5, keys, values, SCALE)
     assert found.shape == (0, heads, value)

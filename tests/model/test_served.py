@@ -64,7 +64,7 @@ class Plain:
             [a.kv_lora_rank, a.qk_rope_head_dim], dim=-1
         )
         latent = self.norm(latent, "self_attn.kv_a_layernorm", a.inner_norm_eps)
-        kv = bf16(latent @ bf16(self.weight("self_attn.kv_b_proj")).T).unflatten(-1, (a.num_heads, -1))
+        kv = bf16(latent @ self.weight("self_attn.kv_b_proj").T).unflatten(-1, (a.num_heads, -1))
         k_nope, value = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
         key = self.turned(key[:, None]).expand(-1, a.num_heads, -1)
         q_nope, q_rope = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)

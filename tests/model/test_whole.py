@@ -1,4 +1,4 @@
-"""Half layers in one call give the bits of their single steps, for every instruction set of this machine."""
+"""Half layers and layers in one call give the bits of their steps, for every instruction set here."""
 
 from __future__ import annotations
 
@@ -58,19 +58,22 @@ class Rank:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_half_layers_in_one_call_are_their_steps(tiny_model_dir: Path, isa: str) -> None:
+def test_layers_and_halves_in_one_call_are_their_steps(tiny_model_dir: Path, isa: str) -> None:
     whole = KernelSet.native(isa)
     assert whole.whole_attention is not None
     assert whole.whole_moe is not None
-    in_steps = dataclasses.replace(whole, whole_attention=None, whole_moe=None)
+    assert whole.whole_layers is not None
+    in_halves = dataclasses.replace(whole, whole_layers=None)
+    in_steps = dataclasses.replace(in_halves, whole_attention=None, whole_moe=None)
     rank = Rank(tiny_model_dir, whole)
     for num_known, num_rows in ((1, 1), (60, 3), (70, 21)):
-        logits, latents, load_Le = rank.step(whole, num_known, num_rows)
         wanted_logits, wanted_latents, wanted_load_Le = rank.step(in_steps, num_known, num_rows)
-        assert bool(logits.isfinite().all())
-        assert torch.equal(logits, wanted_logits)
-        assert torch.equal(latents, wanted_latents)
-        assert load_Le == wanted_load_Le
+        assert bool(wanted_logits.isfinite().all())
+        for kernels in (whole, in_halves):
+            logits, latents, load_Le = rank.step(kernels, num_known, num_rows)
+            assert torch.equal(logits, wanted_logits)
+            assert torch.equal(latents, wanted_latents)
+            assert load_Le == wanted_load_Le
 
 
 @pytest.mark.parametrize("isa", ISAS)

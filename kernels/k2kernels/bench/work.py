@@ -102,8 +102,9 @@ def _router_topk(case: router_topk.Case, kernels: KernelSet, device: torch.devic
 
 
 def _absorb(case: absorb.Case, kernels: KernelSet, device: torch.device) -> Work:
-    x_THK, w_HKN = bfloat16(device, case.T, case.H, case.K), bfloat16(device, case.H, case.K, case.N)
-    w = kernels.prepare_values(w_HKN)
+    x_THK = bfloat16(device, case.T, case.H, case.K)
+    heads = [stored(device, case.N, case.K) for _ in range(case.H)]
+    w, w_HKN = kernels.prepare_values(heads), absorb.prepare_values(heads, torch.bfloat16)
     return Work(lambda: kernels.absorb(x_THK, w), {"x_THK": x_THK, "w_HKN": w_HKN})
 
 
@@ -126,8 +127,8 @@ def _mla_decode(case: mla_decode.Case, kernels: KernelSet, device: torch.device)
 def _mla_prefill(case: mla_prefill.Case, kernels: KernelSet, device: torch.device) -> Work:
     page_RP, cache_CD = _pages(1, case.start + case.T, device)
     q_THD = bfloat16(device, case.T, case.H, case.N + case.R)
-    w_uk_HNL, w_uv_HLV = bfloat16(device, case.H, case.N, case.L), bfloat16(device, case.H, case.L, case.V)
-    w_uk, w_uv = kernels.prepare_keys(w_uk_HNL / 22), kernels.prepare_values(w_uv_HLV / 22)
+    w_uk = kernels.prepare_keys([stored(device, case.N, case.L) for _ in range(case.H)])
+    w_uv = kernels.prepare_values([stored(device, case.V, case.L) for _ in range(case.H)])
     given = (q_THD, cache_CD, page_RP[0], PAGE_TOKENS, case.start, w_uk, w_uv, SOFTMAX_SCALE)
     tensors = {"q_THD": q_THD, "num_keys": case.start + case.T, "start": case.start, "V": case.V}
     return Work(lambda: kernels.mla_prefill(*given), tensors)

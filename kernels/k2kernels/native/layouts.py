@@ -33,9 +33,20 @@ class Layouts:
     def prepare_grouped(self, slots: Sequence[Sequence[StoredWeight]], num_outputs: int) -> PackedLinear:
         return pack_slots(slots, num_outputs, self.call.num_threads)
 
-    def prepare_keys(self, w_HNL: Tensor) -> PackedKeys:
-        return PackedKeys(self.prepare_heads(w_HNL), self.prepare_heads(w_HNL.transpose(1, 2)))
+    def prepare_keys(self, heads: Sequence[StoredWeight]) -> PackedKeys:
+        return PackedKeys(self.prepare_values([_turned(head) for head in heads]), self.prepare_values(heads))
 
-    def prepare_heads(self, w_HKN: Tensor) -> PackedLinear:
-        """For `absorb`: a slot per head, whose outputs are w's last axis."""
-        return pack_slots([[StoredWeight(w_KN.T)] for w_KN in w_HKN], w_HKN.shape[2], self.call.num_threads)
+    def prepare_values(self, heads: Sequence[StoredWeight]) -> PackedLinear:
+        """A slot per head, for activations that are not quantised."""
+        slots = [[_kept(head)] for head in heads]
+        num_outputs = len(heads[0].w_NK)
+        return pack_slots(slots, num_outputs, self.call.num_threads, are_acts_quantised=False)
+
+
+def _kept(w: StoredWeight) -> StoredWeight:
+    """Float8 as it is, all else in bfloat16."""
+    return w if w.block is not None else StoredWeight(w.w_NK.bfloat16())
+
+
+def _turned(w: StoredWeight) -> StoredWeight:
+    return StoredWeight(w.w_NK.T, None if w.scale_nk is None else w.scale_nk.T, w.block)

@@ -23,6 +23,7 @@ ISAS = ("avx2", "avx512", "avx512_bf16", "amx")  # worst first
 class Packed(Structure):
     _fields_ = (
         ("kind", c_int32),
+        ("are_acts_quantised", c_int32),
         ("block", c_int32),
         ("num_panels", c_int32),
         ("num_blocks", c_int32),
@@ -119,9 +120,7 @@ class AttentionArgs(Structure):
 
 class GeneratedArgs(Structure):
     _fields_ = (
-        ("x", c_void_p),
         ("num_rows", c_int64),
-        ("x_stride", c_int64),
         ("cosine", c_void_p),
         ("sine", c_void_p),
         ("position", c_void_p),
@@ -130,7 +129,6 @@ class GeneratedArgs(Structure):
         ("pages", c_void_p),
         ("page_stride", c_int64),
         ("page_tokens", c_int64),
-        ("cache", c_void_p),
     )
 
 
@@ -146,6 +144,19 @@ class MoeArgs(Structure):
         ("num_experts", c_int64),
         ("num_slots", c_int64),
         ("rule", TopkRule),
+    )
+
+
+class LayerArgs(Structure):
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("attention", AttentionArgs),
+        ("gate_up", POINTER(Packed)),
+        ("down", POINTER(Packed)),
+        ("moe", MoeArgs),
+        ("cache", c_void_p),
+        ("counts", c_void_p),
     )
 
 
@@ -165,8 +176,9 @@ _OPS: dict[str, tuple[Any, ...]] = {
     "router_topk": (_P, _P, _L, _L, POINTER(TopkRule), _P, _P),
     "mla_decode": (POINTER(Decode),),
     "mla_prefill": (POINTER(Prefill),),
-    "attention": (POINTER(AttentionArgs), POINTER(GeneratedArgs), _P),
+    "attention": (POINTER(AttentionArgs), POINTER(GeneratedArgs), _P, _L, _P, _P),
     "moe": (POINTER(MoeArgs), _P, _L, _L, _P, _P, _P),
+    "layers": (POINTER(LayerArgs), _L, _P, _L, _F, POINTER(GeneratedArgs), _P, _P, _P),
 }
 
 

@@ -28,7 +28,7 @@ BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """One linear (S = 1), or many of one shape. `block`: of the activations' scales; None: not quantised.
+    """One linear (S = 1), or many of one shape. `block`: of the activations' scales; None: they have none.
 
     data: uint8 [S, bytes]; scale: float32 [S, P, k] or None.
     """
@@ -89,8 +89,17 @@ def _in_turn(parts: list[list[tuple[int, int, int, int]]]) -> list[tuple[int, in
     return both
 
 
-def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, threads: int) -> PackedLinear:
-    """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes."""
+def pack_slots(
+    slots: Sequence[Sequence[StoredWeight]],
+    num_outputs: int,
+    threads: int,
+    *,
+    are_acts_quantised: bool = True,
+) -> PackedLinear:
+    """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes.
+
+    Where weights have scales, activations are quantised alike unless said.
+    """
     if not slots:
         return _empty(num_outputs)
     first = slots[0]
@@ -117,9 +126,8 @@ def pack_slots(slots: Sequence[Sequence[StoredWeight]], num_outputs: int, thread
             for number, part in enumerate(parts):
                 mine = torch.from_numpy(panels.part == number)
                 scale[s, mine] = _panel_scales(part, panels.row[panels.part == number])
-    return _finished(
-        data, scale, first[0].block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels
-    )
+    act_block = first[0].block if are_acts_quantised else None
+    return _finished(data, scale, act_block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels)
 
 
 def _pack_parts(
@@ -178,6 +186,7 @@ def _finished(
 ) -> PackedLinear:
     packed = Packed(
         kind=BF16 if scale is None else FP8,
+        are_acts_quantised=act_block is not None,
         block=block,
         num_panels=len(panels.row),
         num_blocks=num_blocks,
