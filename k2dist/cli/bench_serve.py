@@ -16,7 +16,8 @@ from k2dist.cli.shown import JsonOption, figures, print_report
 from k2dist.errors import UsageError
 
 if TYPE_CHECKING:  # with grpc and aiohttp
-    from k2dist.bench.serve_report import Percentiles, ServeReport
+    from k2dist.bench.percentiles import Percentiles
+    from k2dist.bench.serve_report import ServeReport
 
 INPUT_LEN, OUTPUT_LEN = 512, 128
 

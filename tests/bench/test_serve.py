@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from k2dist.bench.carriers import _config
 from k2dist.bench.gateway import GatewayReport, Window
 from k2dist.bench.gateway import measure as measure_gateway
+from k2dist.bench.percentiles import Percentiles
 from k2dist.bench.serve import Load, measure
 from k2dist.bench.serve_asks import made_up, of_file
-from k2dist.bench.serve_report import Percentiles, Sample, summarise
+from k2dist.bench.serve_report import Sample, summarise
 from k2dist.bench.serve_targets import make_target
 from k2dist.bench.stub_lane import StubLane
 from k2dist.config.cluster import TlsConfig
