@@ -2,14 +2,13 @@
 
 from k2dist.observe.health import HealthJudge
 from k2dist.observe.histogram import Histogram, HistogramFacts
-from k2dist.observe.journey import Journey, OutputTrace, Phase, Trace
+from k2dist.observe.journey import Journey, OutputTrace, Trace
 from k2dist.observe.late import Hang, find_hang
 from k2dist.observe.recoveries import Recoveries, RecoveryFacts
 from k2dist.observe.requests import RequestBook, RequestFacts, TenantFacts
 from k2dist.observe.skew import Skew, SkewWindow
 from k2dist.observe.state import (
     ClusterState,
-    Health,
     LaneView,
     LayerLoad,
     RankView,
@@ -22,7 +21,6 @@ from k2dist.observe.waits import Waits
 __all__ = [
     "ClusterState",
     "Hang",
-    "Health",
     "HealthJudge",
     "Histogram",
     "HistogramFacts",
@@ -30,7 +28,6 @@ __all__ = [
     "LaneView",
     "LayerLoad",
     "OutputTrace",
-    "Phase",
     "RankView",
     "Recoveries",
     "RecoveryFacts",
