@@ -14,7 +14,6 @@ from k2dist.observe.state import (
     RankView,
     StepPair,
     WorldState,
-    view_rank,
 )
 from k2dist.observe.waits import Waits
 
@@ -41,5 +40,4 @@ __all__ = [
     "Waits",
     "WorldState",
     "find_hang",
-    "view_rank",
 ]
