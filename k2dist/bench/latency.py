@@ -27,7 +27,6 @@ from k2dist.service.gateway_actor import GatewayActor
 
 _QUIET_S = 8.0  # Ray goes on for so long with what a start has begun
 _NUM_WINDOWS = 3
-_SETUP_ACTORS = 2  # besides the ranks: supervisor and coordinator
 
 
 class Latency(Message, frozen=True, kw_only=True):
@@ -49,7 +48,8 @@ def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[
     if window_s <= 0:
         raise UsageError(f"--window={window_s:g}: use more than 0 seconds")
     config = world.config
-    num_actors = world.layout.world_size + _SETUP_ACTORS
+    num_gateways = 0 if config.service.http is None else 1
+    num_actors = world.layout.world_size + 2 + num_gateways  # the 2: supervisor and coordinator
     host = start_host(config.ray, is_detached=False, deadline_s=config.deadlines.start_s)
     try:
         root_pid = host.process.mark.pid
