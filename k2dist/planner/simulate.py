@@ -77,7 +77,7 @@ class Simulation:
         self._config = config
         self._model = model
         self._architecture = model.site.architecture
-        self._limits = Limits.of(config)
+        self._limits = limits_of(config)
         self._arrivals = iter(arrivals)
         self._next = next(self._arrivals, None)
         self._max_open = max_open
@@ -409,6 +409,20 @@ def simulate(simulation: Simulation) -> Iterator[Simulation]:
     """Turn after turn, for whoever shows how far it is."""
     while simulation.turn():
         yield simulation
+
+
+def limits_of(config: ClusterConfig) -> Limits:
+    """Of one lane's scheduler, as configured."""
+    scheduler = config.scheduler
+    return Limits(
+        step_tokens=scheduler.step_tokens,
+        chunk_tokens=scheduler.chunk_tokens,
+        prefill_every=scheduler.prefill_every,
+        max_running=scheduler.max_running,
+        max_waiting=scheduler.max_waiting,
+        ageing_s=scheduler.ageing_s,
+        reuse_generated=config.cache.reuse_generated,
+    )
 
 
 def _no_bytes(token_id: int) -> bytes:

@@ -31,6 +31,7 @@ def made_up_peers(
     top_k: int,
     lane_rows: int,
     skew: float,
+    seed: int,
     device: torch.device,
 ) -> list[PeerRows]:
     """Of each MoE layer of `layout`. For equal arguments the same; for another rank, of the same world."""
@@ -39,7 +40,7 @@ def made_up_peers(
     source_N = torch.arange(layout.world_size).repeat_interleave(torch.tensor(rows_R))
     num_layers = len(layout.place(world_rank).experts)
     num_draws = min(num_layers, max(1, _DRAWN_MAX // max(len(source_N) * num_experts, 1)))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     draws = [_draw(len(source_N), num_experts, top_k, skew, generator) for _ in range(num_draws)]
     homes = _Homes(layout)
     peers = []

@@ -55,6 +55,7 @@ class RehearsedRank:
         *,
         page_tokens: int,
         device: torch.device,
+        seed: int = 0,
         note: Note = lambda: None,
     ) -> None:
         self._architecture = architecture
@@ -64,7 +65,7 @@ class RehearsedRank:
         self.stopwatch = Stopwatch(clock_of(device))
         self._kernels = timed_kernels(kernels, self.stopwatch)
         self._observer = CuttingObserver(architecture, self.stopwatch)
-        shard = RandomShard(architecture.scale_block, device)
+        shard = RandomShard(architecture.scale_block, device, seed)
         self.weights = made_up_weights(architecture, layout, world_rank, kernels, shard, note)
         self.cache: LatentCache | None = None
         self.lane: RehearsalCommunicator | None = None
@@ -81,6 +82,7 @@ class RehearsedRank:
             top_k=architecture.top_k,
             lane_rows=load.num_rows,
             skew=load.skew,
+            seed=seed,
             device=device,
         )
         sample_PD = shard.normal("peers", (_SAMPLE_ROWS, architecture.hidden_size), kernels.dtype)

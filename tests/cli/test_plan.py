@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,9 @@ from tests.cli.said import said, said_as_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / "cluster_configs"
 H200 = CONFIGS / "h200-2x8.yaml"
+
+
+say, say_json = partial(said, "plan"), partial(said_as_json, "plan")
 
 
 def changed(tmp_path: Path, *changes: tuple[str, str]) -> str:
@@ -29,7 +33,7 @@ def changed(tmp_path: Path, *changes: tuple[str, str]) -> str:
 
 def test_a_plan_is_one_object_that_others_read_by_name() -> None:
     """`deploy` and `doctor` take these; names may be added and never change."""
-    shown = said_as_json("plan", str(CONFIGS / "h200-16x8.yaml"))
+    shown = say_json(str(CONFIGS / "h200-16x8.yaml"))
     for name in (
         "cluster",
         "model",
@@ -51,7 +55,7 @@ def test_a_plan_is_one_object_that_others_read_by_name() -> None:
 
 
 def test_a_faster_disk_loads_sooner_by_what_it_reads_faster() -> None:
-    slow, fast = (said_as_json("plan", str(H200), "--disk-gb-s", rate)["start"] for rate in ("1", "10"))
+    slow, fast = (say_json(str(H200), "--disk-gb-s", rate)["start"] for rate in ("1", "10"))
     assert slow["node_bytes"] == fast["node_bytes"] == 8 * 77_672_859_488
     assert slow["load_s"] - fast["load_s"] == pytest.approx(slow["node_bytes"] * (1e-9 - 1e-10))
     at_one = next(at for at in fast["by_rate"] if at["disk_rate"] == 1e9)
@@ -59,7 +63,7 @@ def test_a_faster_disk_loads_sooner_by_what_it_reads_faster() -> None:
 
 
 def test_text_names_what_binds_and_says_that_it_is_an_estimate() -> None:
-    text = said("plan", str(H200), "--prompt-len", "1000", "--output-len", "1000", "--concurrency", "64")
+    text = say(str(H200), "--prompt-len", "1000", "--output-len", "1000", "--concurrency", "64")
     assert "16 lanes x tp 1 = 16 ranks" in text
     assert "serving 64 at once (--concurrency)" in text
     assert "binds: " in text
@@ -69,7 +73,7 @@ def test_text_names_what_binds_and_says_that_it_is_an_estimate() -> None:
 def test_tp_32_is_refused_for_the_block_it_cuts_and_told_what_works(tmp_path: Path) -> None:
     path = changed(tmp_path, ("lanes: 16", "lanes: 1"), ("tp: 1", "tp: 32"), ("num_nodes: 2", "num_nodes: 4"))
     with pytest.raises(LayoutError) as caught:
-        said("plan", path)
+        say(path)
     assert "18432 / 32 = 576 cuts a 128-block" in str(caught.value)
     assert "on these machines would work: lanes: 2, tp: 16" in str(caught.value)
 
@@ -83,7 +87,7 @@ def test_one_node_of_h200_at_full_context_is_refused_and_told_what_works(tmp_pat
         ("num_pages: 11300", "num_pages: 2048"),
     )
     with pytest.raises(LayoutError) as caught:
-        said("plan", path)
+        say(path)
     fault, less, more = str(caught.value).splitlines()
     assert "2,048 pages x 4,497,408 bytes = 9.21 GB for 131,072 tokens" in fault
     assert "experts 126.87 GB" in fault
@@ -95,16 +99,16 @@ def test_what_is_told_to_work_does(tmp_path: Path) -> None:
     """The nearest layout of a refusal, taken at its word with all its pages."""
     refused = changed(tmp_path, ("lanes: 16", "lanes: 8"), ("num_nodes: 2", "num_nodes: 1"))
     with pytest.raises(LayoutError, match="the nearest that would work: 2 nodes") as caught:
-        said("plan", refused)
+        say(refused)
     told = str(caught.value).splitlines()[-1]
     tp = told.split("tp: ")[1].split(",")[0]
     lanes = told.split("lanes: ")[1].split(",")[0]
     pages = told.split("up to ")[1].split(" ")[0].replace(",", "")
     works = (("lanes: 16", f"lanes: {lanes}"), ("tp: 1", f"tp: {tp}"), ("11300", pages))
-    said("plan", changed(tmp_path, *works))
+    say(changed(tmp_path, *works))
     too_many = (*works[:2], ("11300", str(int(pages) + 1)))
     with pytest.raises(LayoutError, match="use at most"):
-        said("plan", changed(tmp_path, *too_many))
+        say(changed(tmp_path, *too_many))
 
 
 @pytest.mark.parametrize(
@@ -121,30 +125,30 @@ def test_what_cannot_be_asked_is_refused_by_name(
     arguments: list[str], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        said("plan", str(H200), *arguments)
+        say(str(H200), *arguments)
 
 
 def test_devices_without_the_checkpoints_float8_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"nodes.device=a100: it has no float8"):
-        said("plan", changed(tmp_path, ("device: h200", "device: a100")))
+        say(changed(tmp_path, ("device: h200", "device: a100")))
     with pytest.raises(ConfigError, match=r"nodes.device=h300: no such device here; use h200"):
-        said("plan", changed(tmp_path, ("device: h200", "device: h300")))
+        say(changed(tmp_path, ("device: h200", "device: h300")))
 
 
 def test_0905_needs_more_cache_for_its_longer_context() -> None:
     """Twice the positions: of what is left, half as many of the longest sequences fit."""
-    assert "5.6 times the longest context" in said("plan", str(H200))
-    assert "2.8 times the longest context" in said("plan", str(H200), "--model", "kimi-k2-instruct-0905")
+    assert "5.6 times the longest context" in say(str(H200))
+    assert "2.8 times the longest context" in say(str(H200), "--model", "kimi-k2-instruct-0905")
 
 
 def test_a_rate_is_simulated_and_its_curves_are_drawn(tmp_path: Path) -> None:
     laptop, demo = str(CONFIGS / "laptop.yaml"), str(MODEL_DIR)
     curves = tmp_path / "curves.html"
     asked = ("--model", demo, "--rate", "50", "--requests", "30", "--prompt-len", "40", "--output-len", "10")
-    text = said("plan", laptop, *asked, "--plot", str(curves))
+    text = say(laptop, *asked, "--plot", str(curves))
     assert "30 finished, 0 refused" in text
     assert curves.read_text().count("<svg") == 7
-    shown = said_as_json("plan", laptop, *asked, "--lose", "2@0.2")
+    shown = say_json(laptop, *asked, "--lose", "2@0.2")
     assert shown["num_finished"] == 30
     assert shown["loss"]["lane"] == 1
 
@@ -154,25 +158,23 @@ def test_a_trace_is_simulated_as_it_stands(tmp_path: Path) -> None:
     lines = [{"at_s": at, "prompt_len": 20, "output_len": 5} for at in (0.0, 0.1, 7.5)]
     trace.write_text("\n".join(msgspec.json.encode(line).decode() for line in lines))
     laptop = (str(CONFIGS / "laptop.yaml"), "--model", str(MODEL_DIR))
-    shown = said_as_json("plan", *laptop, "--simulate", str(trace))
+    shown = say_json(*laptop, "--simulate", str(trace))
     assert (shown["num_requests"], shown["num_finished"]) == (3, 3)
     assert shown["duration_s"] > 7.5
     with pytest.raises(UsageError, match="leave out --rate"):
-        said("plan", *laptop, "--simulate", str(trace), "--rate", "1")
+        say(*laptop, "--simulate", str(trace), "--rate", "1")
     with pytest.raises(UsageError, match="--lose 9@1: use RANK@SECONDS"):
-        said("plan", *laptop, "--simulate", str(trace), "--lose", "9@1")
+        say(*laptop, "--simulate", str(trace), "--lose", "9@1")
 
 
 def test_a_search_writes_a_config_that_can_be_planned(tmp_path: Path) -> None:
     best = tmp_path / "best.yaml"
-    text = said("plan", "--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
+    text = say("--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
     assert "layouts that fit" in text
-    assert "b200-1x8: kimi-k2-instruct on one node of 8 x b200" in said("plan", str(best))
+    assert "b200-1x8: kimi-k2-instruct on one node of 8 x b200" in say(str(best))
     with pytest.raises(UsageError, match="it exists"):
-        said("plan", "--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
+        say("--search", "--hardware", "b200", "--nodes", "1", "--write", str(best))
     with pytest.raises(UsageError, match="--hardware None: name the devices"):
-        said("plan", "--search")
+        say("--search")
     with pytest.raises(UsageError, match="give a cluster YAML, or --search"):
-        said(
-            "plan",
-        )
+        say()

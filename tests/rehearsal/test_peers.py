@@ -22,6 +22,7 @@ def peers_of(
         top_k=architecture.top_k,
         lane_rows=lane_rows,
         skew=skew,
+        seed=5,
         device=CPU,
     )
 
