@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import ray
 import typer
 
 from k2dist.cli.environment import ray_address, records_dir
-from k2dist.cli.shown import print_json
 from k2dist.cluster.process_mark import find_process
 from k2dist.cluster.ray_host import stop_host
 from k2dist.cluster.record import ClusterRecord, read_record, remove_record, running_names
@@ -31,10 +31,7 @@ def stop(
     remove_record(directory, name)
     if not was_running:
         raise UsageError(f"cluster {name!r} is not running")
-    if as_json:
-        print_json({"ended": name})
-    else:
-        typer.echo(f"{name} has ended.")
+    typer.echo(msgspec.json.encode({"ended": name}).decode() if as_json else f"{name} has ended.")
 
 
 def _only_name(directory: Path) -> str:
