@@ -15,7 +15,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from k2dist.cli.shown import JsonOption, print_json
 from k2dist.config import KIMI_K2, Architecture, find_architecture
 from k2dist.config.cluster import ParallelConfig
 from k2dist.config.load import load_cluster
@@ -40,6 +39,7 @@ Config = Annotated[Path | None, typer.Argument(help="Cluster YAML; see cluster_c
 Model = Annotated[
     str | None, typer.Option(help=f"Model directory or name; default: the config's, else {KIMI_K2}.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @inspect.command()
@@ -50,7 +50,7 @@ def shards(
     expert_only_ranks: Annotated[int, typer.Option(help="With --lanes.")] = 0,
     model: Model = None,
     rank: Annotated[int | None, typer.Option(help="Only this world rank, tensor by tensor.")] = None,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which tensors, files and bytes each rank reads, and what it skips."""
     if (config is None) == (lanes is None):
@@ -70,7 +70,7 @@ def shards(
     found = [_shard(plan, layout, files, is_detailed=rank is not None) for plan in plans]
     if as_json:
         shown = {"model": model, "files": files.source, "num_bytes": files.num_bytes, "ranks": found}
-        print_json(shown)
+        typer.echo(msgspec.json.encode(shown).decode())
     else:
         typer.echo("\n".join(_text(model, layout, files, found)))
 
