@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,7 +16,7 @@ from k2dist.bench.calls import CALLS_PER_S, CallCost, call_waits, step_cost
 from k2dist.bench.idle import IdleCost, cpu_percents, empty_actors, idle_cost
 from k2dist.bench.waits import SETTLE_S, FirstToken, NextToken, decoding, first_token, next_token
 from k2dist.cluster.ray_host import start_host
-from k2dist.cluster.start import join_ray, start_cluster
+from k2dist.cluster.start import joined_ray, start_cluster
 from k2dist.cluster.world import World
 from k2dist.messages import Message
 from k2dist.service.client import AsyncClient
@@ -48,7 +47,7 @@ def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[
     host = start_host(config.ray, is_detached=False, deadline_s=config.deadlines.start_s)
     try:
         root_pid = host.process.mark.pid
-        with _joined(host.process.address), empty_actors(num_actors):
+        with joined_ray(host.process.address, "bench"), empty_actors(num_actors):
             time.sleep(_QUIET_S)
             actors = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
         address = host.process.address
@@ -102,15 +101,6 @@ async def _ask(
         calls_per_s=CALLS_PER_S,
     )
     return first, calls, following
-
-
-@contextmanager
-def _joined(address: str) -> Iterator[None]:
-    join_ray(address, "bench")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _actor(pid: int) -> Any:
