@@ -28,7 +28,6 @@ from k2dist.comm import CapacityRule
 from k2dist.config import Architecture, read_architecture
 from k2dist.config.named import KIMI_K2, find_architecture
 from k2dist.engine.kernels import select_kernels
-from k2dist.errors import UsageError
 from k2dist.messages import Message
 from k2dist.model.batch import Batch
 from k2dist.parallel import Layout, first_layout
@@ -110,11 +109,7 @@ def measure(
     num_turns: int = NUM_TURNS,
     show: Show = lambda done, total: None,
 ) -> BitsReport:
-    """`show(turns taken, turns in all)`. UsageError: a count out of range; CheckpointError, LayoutError."""
-    counts = [("--turns", num_turns), ("--prompt-rows", prompt_rows), *(("--batch", b) for b in batches)]
-    for name, count in counts:
-        if count < 1:
-            raise UsageError(f"{name}={count}: use at least 1")
+    """`show(turns taken, turns in all)`. Errors: CheckpointError, LayoutError."""
     architecture = read_architecture(model_dir)
     layout = first_layout(architecture, lanes=lanes, tp=tp)
     chosen = select_kernels(kernels, dtype)

@@ -19,7 +19,7 @@ from k2dist.bench.carriers import Carriers, carriers
 from k2dist.bench.serve_asks import Ask, made_up
 from k2dist.bench.serve_report import Sample
 from k2dist.bench.serve_targets import Target, make_target
-from k2dist.errors import UnavailableError, UsageError
+from k2dist.errors import UnavailableError
 from k2dist.messages import Message
 
 Over = Literal["grpc", "sse"]
@@ -78,13 +78,8 @@ def measure(
 ) -> GatewayReport:
     """`pace_per_s` None: rising, until one is not held, each for `seconds`; else this one for `seconds`.
 
-    UsageError: a count out of range. UnavailableError: streams fail.
+    UnavailableError: streams fail.
     """
-    for name, value in (("streams", num_streams), ("cores", num_cores), ("seconds", seconds)):
-        if value <= 0:
-            raise UsageError(f"--{name}={value:g}: use more than 0")
-    if pace_per_s is not None and pace_per_s <= 0:
-        raise UsageError(f"--pace={pace_per_s:g}: use more than 0 tokens a second")
     before = os.sched_getaffinity(0)
     cores = set(sorted(before)[:num_cores])
     os.sched_setaffinity(0, cores)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,9 +16,8 @@ from k2dist.bench.calls import CALLS_PER_S, CallCost, call_waits, step_cost
 from k2dist.bench.idle import IdleCost, cpu_percents, empty_actors, idle_cost
 from k2dist.bench.waits import SETTLE_S, FirstToken, NextToken, decoding, first_token, next_token
 from k2dist.cluster.ray_host import start_host
-from k2dist.cluster.start import join_ray, start_cluster
+from k2dist.cluster.start import joined_ray, start_cluster
 from k2dist.cluster.world import World
-from k2dist.errors import UsageError
 from k2dist.messages import Message
 from k2dist.service.client import AsyncClient
 from k2dist.service.coordinator_actor import CoordinatorActor
@@ -27,7 +25,6 @@ from k2dist.service.gateway_actor import GatewayActor
 
 _QUIET_S = 8.0  # Ray goes on for so long with what a start has begun
 _NUM_WINDOWS = 3
-_SETUP_ACTORS = 2  # besides the ranks: supervisor and coordinator
 
 
 class Latency(Message, frozen=True, kw_only=True):
@@ -43,17 +40,14 @@ def num_notes(num_samples: int) -> int:
 
 
 def measure(world: World, *, num_samples: int, window_s: float, note: Callable[[], None]) -> Latency:
-    """UsageError: a count out of range. Errors of a start: as `start_cluster`."""
-    if num_samples < 1:
-        raise UsageError(f"--samples={num_samples}: use at least 1")
-    if window_s <= 0:
-        raise UsageError(f"--window={window_s:g}: use more than 0 seconds")
+    """Errors: as `start_cluster`."""
     config = world.config
-    num_actors = world.layout.world_size + _SETUP_ACTORS
+    num_gateways = 0 if config.service.http is None else 1
+    num_actors = world.layout.world_size + 2 + num_gateways  # the 2: supervisor and coordinator
     host = start_host(config.ray, is_detached=False, deadline_s=config.deadlines.start_s)
     try:
         root_pid = host.process.mark.pid
-        with _joined(host.process.address), empty_actors(num_actors):
+        with joined_ray(host.process.address, "bench"), empty_actors(num_actors):
             time.sleep(_QUIET_S)
             actors = cpu_percents(root_pid, _NUM_WINDOWS, window_s, note)
         address = host.process.address
@@ -107,15 +101,6 @@ async def _ask(
         calls_per_s=CALLS_PER_S,
     )
     return first, calls, following
-
-
-@contextmanager
-def _joined(address: str) -> Iterator[None]:
-    join_ray(address, "bench")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _actor(pid: int) -> Any:

@@ -85,10 +85,9 @@ def measure(
     batches: Sequence[int] = (1, 8, 32),
     show: Show = lambda done, total: None,
 ) -> OfflineReport:
-    """`show(tokens decoded, tokens in all)`. UsageError: a count out of range, or beyond the context."""
+    """`show(tokens decoded, tokens in all)`. UsageError: beyond the context."""
     architecture = read_architecture(model_dir)
     layout = first_layout(architecture, lanes=lanes, tp=tp)
-    _check(prompt_len, decode_tokens, batches)
     lane_rows = -(-max(batches) // lanes)
     limits = Limits(step_tokens=2 * lane_rows + _STEP_TOKENS, max_running=lane_rows, max_waiting=max(batches))
     # Whoever is first decodes until the last prompt is read, and then as long as the others.
@@ -272,12 +271,3 @@ def _num_tokens(outputs: Sequence[Generated]) -> int:
 def _peak_rss_bytes() -> int:
     """The high-water mark of this process since it started; Linux counts it in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _check(prompt_len: int, decode_tokens: int, batches: Sequence[int]) -> None:
-    if not batches:
-        raise UsageError("--batch: give at least one")
-    counts = [("--prompt-len", prompt_len), ("--decode-tokens", decode_tokens)]
-    for name, count in [*counts, *(("--batch", batch) for batch in batches)]:
-        if count < 1:
-            raise UsageError(f"{name}={count}: use at least 1")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from k2dist.cache import PagePool
-from k2dist.errors import UsageError
 from k2dist.ids import Generation, LaneId, RequestId
 from k2dist.messages import Message, Request, Sampling, StepPlan, StepResult
 from k2dist.scheduler import Limits, Scheduler
@@ -39,14 +38,8 @@ class SchedulerCost(Message, frozen=True, kw_only=True):
 
 
 def measure(cases: Sequence[tuple[int, int]] = CASES, num_steps: int = NUM_STEPS) -> Iterator[SchedulerCost]:
-    """The cost of each case, (decoding, waiting), as it becomes known. UsageError: a count out of range."""
+    """The cost of each case, (decoding, waiting), as it becomes known."""
     for num_decoding, num_waiting in cases:
-        if num_decoding < 1:
-            raise UsageError(f"--decoding={num_decoding}: use at least 1")
-        if num_waiting < 0:
-            raise UsageError(f"--waiting={num_waiting}: use at least 0")
-        if num_steps < 1:
-            raise UsageError(f"--steps={num_steps}: use at least 1")
         yield _measure(num_decoding, num_waiting, num_steps)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from k2dist.bench.serve_asks import Ask
 from k2dist.bench.serve_report import Sample, ServeReport, summarise
 from k2dist.bench.serve_targets import Target
-from k2dist.errors import UnavailableError, UsageError
+from k2dist.errors import UnavailableError
 from k2dist.messages import Message
 
 CONCURRENCY = 16
@@ -33,8 +33,7 @@ class Load(Message, frozen=True, kw_only=True):
 async def measure(
     target: Target, asks: Iterator[Ask], load: Load, note: Callable[[], object] = lambda: None
 ) -> ServeReport:
-    """`note`: called after each answer. UsageError: a count out of range. UnavailableError: nothing came."""
-    _check(load)
+    """`note`: called after each answer. UnavailableError: nothing came."""
     samples: list[Sample] = []
     async with target:
         room = _room(load)
@@ -83,12 +82,3 @@ def _due_times(load: Load, began_s: float) -> Iterator[float]:
         yield due_s
         if load.rate_per_s is not None:
             due_s += draw.expovariate(load.rate_per_s)
-
-
-def _check(load: Load) -> None:
-    if load.num_requests < 1:
-        raise UsageError(f"--requests={load.num_requests}: use at least 1")
-    if load.concurrency is not None and load.concurrency < 1:
-        raise UsageError(f"--concurrency={load.concurrency}: use at least 1")
-    if load.rate_per_s is not None and load.rate_per_s <= 0:
-        raise UsageError(f"--rate={load.rate_per_s:g}: use more than 0 requests a second")

@@ -23,10 +23,11 @@ def bits(
     kernels: Annotated[str, typer.Option(help="The set that keeps the bits.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the residual stream: bfloat16 or float32.")] = "bfloat16",
     batch: Annotated[
-        list[int] | None, typer.Option(help="Decode rows of each lane; may be repeated. Default: 1, 8, 32.")
+        list[int] | None,
+        typer.Option(help="Decode rows of each lane; may be repeated. Default: 1, 8, 32.", min=1),
     ] = None,
-    prompt_rows: Annotated[int, typer.Option(help="Rows of each lane's prompt chunk.")] = 256,
-    turns: Annotated[int, typer.Option(help="How often each order takes each step.")] = 15,
+    prompt_rows: Annotated[int, typer.Option(help="Rows of each lane's prompt chunk.", min=1)] = 256,
+    turns: Annotated[int, typer.Option(help="How often each order takes each step.", min=1)] = 15,
     as_json: JsonOption = False,
 ) -> None:
     """A step that keeps a row's bits beside one in the fastest order: times and bytes, in one run."""

@@ -17,14 +17,16 @@ if TYPE_CHECKING:  # with grpc and aiohttp
 
 def gateway(
     over: Annotated[str, typer.Option(help="How the clients read: grpc or sse.")] = "sse",
-    streams: Annotated[int, typer.Option(help="At a time; each is asked anew when it ends.")] = 256,
-    cores: Annotated[int, typer.Option(help="For all processes together, the clients' too.")] = 2,
+    streams: Annotated[int, typer.Option(help="At a time; each is asked anew when it ends.", min=1)] = 256,
+    cores: Annotated[int, typer.Option(help="For all processes together, the clients' too.", min=1)] = 2,
     pace: Annotated[
         float | None,
-        typer.Option(help="Tokens a second of all streams. Default: rising, until they are not carried."),
+        typer.Option(
+            help="Tokens a second of all streams. Default: rising, until they are not carried.", min=0.1
+        ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(help="At each pace. With --pace 600 or so: does memory grow?")
+        float, typer.Option(help="At each pace. With --pace 600 or so: does memory grow?", min=0.1)
     ] = 4.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:  # with ray and grpc
 def latency(
     config: ConfigArgument = LAPTOP_CONFIG,
     model: ModelOption = None,
-    samples: Annotated[int, typer.Option(help="Of each wait.")] = 50,
-    window: Annotated[float, typer.Option(help="Seconds of each window of CPU time or of steps.")] = 5.0,
+    samples: Annotated[int, typer.Option(help="Of each wait.", min=1)] = 50,
+    window: Annotated[
+        float, typer.Option(help="Seconds of each window of CPU time or of steps.", min=0.1)
+    ] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
     """What a cluster on this machine costs while idle, and how soon it answers, idle and busy."""

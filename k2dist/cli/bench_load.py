@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def load(
     config: ConfigArgument = LAPTOP_CONFIG,
     model: ModelOption = None,
-    rounds: Annotated[int, typer.Option(help="Cold reads, of the disk and of the ranks each.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Cold reads, of the disk and of the ranks each.", min=1)] = 3,
     start: Annotated[bool, typer.Option(help="Bring a cluster up too, from a cold cache.")] = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -22,10 +22,12 @@ def offline(
     tp: Annotated[int, typer.Option(help="Ranks per lane.")] = 1,
     kernels: Annotated[str, typer.Option(help="The kernel set, as in a cluster's config.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the residual stream: bfloat16 or float32.")] = "bfloat16",
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    decode_tokens: Annotated[int, typer.Option(help="Tokens of each sequence while it is timed.")] = 32,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
+    decode_tokens: Annotated[
+        int, typer.Option(help="Tokens of each sequence while it is timed.", min=1)
+    ] = 32,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; may be repeated. Default: 1, 8, 32.")
+        list[int] | None, typer.Option(help="Sequences at once; may be repeated. Default: 1, 8, 32.", min=1)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,10 +14,11 @@ from k2dist.cli.shown import JsonOption, figures, print_report
 
 def scheduler(
     decoding: Annotated[
-        list[int] | None, typer.Option(help="Sequences that decode; may be repeated. Default: 64 to 32768.")
+        list[int] | None,
+        typer.Option(help="Sequences that decode; may be repeated. Default: 64 to 32768.", min=1),
     ] = None,
-    waiting: Annotated[int, typer.Option(help="Sequences that wait meanwhile; with --decoding.")] = 0,
-    steps: Annotated[int, typer.Option(help="How many are timed.")] = NUM_STEPS,
+    waiting: Annotated[int, typer.Option(help="Sequences that wait meanwhile; with --decoding.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="How many are timed.", min=1)] = NUM_STEPS,
     as_json: JsonOption = False,
 ) -> None:
     """What a lane's first rank spends on planning and committing one step."""

@@ -26,23 +26,27 @@ def serve(
     url: Annotated[
         str, typer.Option(help="http://, https:// or grpc://HOST:PORT.")
     ] = "http://127.0.0.1:8000",
-    requests: Annotated[int, typer.Option(help="In all.")] = 200,
+    requests: Annotated[int, typer.Option(help="In all.", min=1)] = 200,
     concurrency: Annotated[
-        int | None, typer.Option(help="At most so many at a time. Default: 16, and no bound with --rate.")
+        int | None,
+        typer.Option(help="At most so many at a time. Default: 16, and no bound with --rate.", min=1),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second, at random times. Default: as answers come.")
+        float | None,
+        typer.Option(help="Requests a second, at random times. Default: as answers come.", min=1e-6),
     ] = None,
     dataset: Annotated[
         Path | None,
         typer.Option(help='JSONL: {"messages": [...]} with any fields of a chat, or {"prompt": "..."}.'),
     ] = None,
     input_len: Annotated[
-        int | None, typer.Option(help=f"Tokens of each made-up prompt. Default: {INPUT_LEN}.")
+        int | None, typer.Option(help=f"Tokens of each made-up prompt. Default: {INPUT_LEN}.", min=1)
     ] = None,
     output_len: Annotated[
         int | None,
-        typer.Option(help=f"Tokens of each answer: exactly ({OUTPUT_LEN}), or with --dataset at most."),
+        typer.Option(
+            help=f"Tokens of each answer: exactly ({OUTPUT_LEN}), or with --dataset at most.", min=1
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Default: the first that the server lists.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 600.0,
@@ -61,9 +65,6 @@ def serve(
 
     if dataset is not None and input_len is not None:
         raise UsageError("--input-len: the prompts are --dataset's; leave one of the two out")
-    for name, value in (("input-len", input_len), ("output-len", output_len)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}={value}: use at least 1")
     if dataset is None:
         asks = made_up(input_len or INPUT_LEN, output_len or OUTPUT_LEN, seed)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +41,7 @@ def doctor(
     """
     # With ray: not for `stop` and `chat`.
     from k2dist.cli.examine import gather_facts, needs_of_world
+    from k2dist.cluster.start import joined_ray
     from k2dist.cluster.world import plan_world
 
     world = None
@@ -49,7 +50,8 @@ def doctor(
         chosen = model or (MODEL_DIR if cluster.model is None else Path(cluster.model))
         world = plan_world(cluster, chosen)
     address = ray_address()
-    with _looking(is_quiet=as_json), _joined(address):
+    joining = nullcontext() if address is None else joined_ray(address, _NAMESPACE)
+    with _looking(is_quiet=as_json), joining:
         facts = gather_facts(world, joins_ray=address is not None, is_quick=quick)
     needs = None if world is None else needs_of_world(world, joins_ray=address is not None)
     findings = diagnose(facts, needs)
@@ -59,23 +61,6 @@ def doctor(
         _print(findings, Console())
     if errors_of(findings):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _joined(address: str | None) -> Iterator[None]:
-    """In the Ray at `address`, for as long as the context lasts."""
-    if address is None:
-        yield
-        return
-    import ray
-
-    from k2dist.cluster.start import join_ray
-
-    join_ray(address, _NAMESPACE)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

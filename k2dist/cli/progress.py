@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -42,14 +41,14 @@ _STAGES = {
 }
 
 
-class StartProgress(Protocol):
-    """Shows a start as it goes; a context, so that the terminal is left as it was."""
+class StartProgress:
+    """Shows a start as it goes; a context, so that the terminal is left as it was. This one shows nothing."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def stage(self, text: str) -> None:
         """A new stage begins."""
@@ -63,26 +62,11 @@ class StartProgress(Protocol):
 
 def start_progress(*, is_quiet: bool) -> StartProgress:
     if is_quiet:
-        return _Silence()
+        return StartProgress()
     return _Bars() if sys.stderr.isatty() else _Lines()
 
 
-class _Silence:
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def stage(self, text: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def show(self, status: ClusterStatus) -> None: ...
-
-
-class _Lines(_Silence):
+class _Lines(StartProgress):
     """A line with the seconds since the start for each stage, one now and then about all that is loaded, or
     tested, and one when a rank is ready."""
 
@@ -123,7 +107,7 @@ class _Lines(_Silence):
         print(f"[{time.monotonic() - self._started_s:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-class _Bars:
+class _Bars(StartProgress):
     """A spinner with the stage, and a bar for each rank that loads, and then tests."""
 
     def __init__(self) -> None:
@@ -145,9 +129,7 @@ class _Bars:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def stage(self, text: str) -> None:

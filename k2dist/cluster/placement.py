@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from k2dist.cluster.world import World
@@ -120,11 +120,6 @@ def detached_here(name: str) -> dict[str, Any]:
         "max_restarts": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
     }
-
-
-def release(group: PlacementGroup) -> None:
-    """Give the bundles back; what still runs in them is killed."""
-    remove_placement_group(group)
 
 
 def _groups(world: World) -> tuple[tuple[WorldRank, ...], ...]:

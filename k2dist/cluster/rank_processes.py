@@ -22,6 +22,7 @@ from k2dist.supervision.events import (
     JoinGeneration,
     Loaded,
     LoadRank,
+    OfProcess,
     RunRank,
     Started,
     StartRank,
@@ -120,7 +121,7 @@ class RankProcesses:
         return [self._actors[place.world_rank] for place in self._world.layout.ranks]
 
 
-def _trouble(action: StartRank | LoadRank | JoinGeneration | RunRank, error: RayError) -> Failed | Died:
+def _trouble(action: OfProcess, error: RayError) -> Failed | Died:
     kind = Died if isinstance(error, RayActorError) else Failed
     return kind(action.world_rank, action.incarnation, _why(error))
 

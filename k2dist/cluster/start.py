@@ -164,6 +164,16 @@ def join_ray(address: str, namespace: str) -> None:
         raise CapacityError(f"no Ray at {address}: {reason}; start one, or unset RAY_ADDRESS") from error
 
 
+@contextmanager
+def joined_ray(address: str, namespace: str) -> Iterator[None]:
+    """A driver of a running Ray, for as long as the context lasts."""
+    join_ray(address, namespace)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _join_once_there(address: str, namespace: str, nodes_s: float, tell: Callable[[str], None]) -> None:
     """`join_ray`, tried again for `nodes_s`: this machine may be one of those that have not joined yet."""
     give_up_s = time.monotonic() + nodes_s

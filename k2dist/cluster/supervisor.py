@@ -18,10 +18,10 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from k2dist.cluster.gateway_process import Gateway, GatewayProcess
-from k2dist.cluster.placement import await_bundles, release, reserve
+from k2dist.cluster.placement import await_bundles, reserve
 from k2dist.cluster.rank_actor import listen_address
 from k2dist.cluster.rank_processes import RankProcesses
 from k2dist.cluster.service_process import Service, ServiceProcess
@@ -283,7 +283,7 @@ class Supervisor:
 
     async def _remove(self) -> None:
         if self._group is not None:
-            await asyncio.to_thread(release, self._group)
+            await asyncio.to_thread(remove_placement_group, self._group)  # what still runs in it is killed
         self._store = None
         self._take(Removed())
 

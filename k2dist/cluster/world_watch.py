@@ -14,7 +14,7 @@ from k2dist.cluster.world import World
 from k2dist.errors import K2Error
 from k2dist.ids import WorldRank
 from k2dist.messages import RankStats
-from k2dist.observe import RankView, view_rank
+from k2dist.observe import RankView
 
 _LOOK_S = 1.0  # for ranks to answer; they do within milliseconds, unless they hang
 _ANSWERING = ("ready", "joined", "stopped")  # states in which a rank has stats to give
@@ -56,12 +56,12 @@ class WorldWatch:
         rank = status.world_rank
         place = self._world.layout.place(rank)
         asked = self._asked.get(rank)
-        return view_rank(
-            rank,
+        view = RankView(
+            world_rank=rank,
             lane=place.lane,
             tp_rank=place.tp_rank,
             state=status.state,
             node=status.node,
             silent_s=0.0 if asked is None else now_s - asked[1],
-            stats=self._stats.get(rank),
         )
+        return view.told(self._stats.get(rank))

@@ -2,13 +2,12 @@
 
 from k2dist.config.architecture import Architecture, Yarn
 from k2dist.config.model_config import read_architecture
-from k2dist.config.named import KIMI_K2, architecture_names, find_architecture
+from k2dist.config.named import KIMI_K2, find_architecture
 
 __all__ = [
     "KIMI_K2",
     "Architecture",
     "Yarn",
-    "architecture_names",
     "find_architecture",
     "read_architecture",
 ]

@@ -48,9 +48,8 @@ class Architecture(Message, frozen=True, kw_only=True):
     norm_top_k: bool
     routed_scale: float  # multiplies the routed output, never the shared expert
     rms_norm_eps: float
-    inner_norm_eps: float = (
-        1e-6  # q_a and kv_a norms: the published code takes its class default, not the config
-    )
+    # Of the q_a and kv_a norms: the published code takes its class default, not the config.
+    inner_norm_eps: float = 1e-6
     rope_theta: float
     yarn: Yarn | None
     max_positions: int

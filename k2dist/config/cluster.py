@@ -29,9 +29,8 @@ class ParallelConfig(Message, frozen=True, kw_only=True):
 
     lanes: Count  # batches side by side; more: more cache and throughput, the weights of attention once each
     tp: Count  # ranks that share a lane's attention; more: less memory a rank, a reduction more per layer
-    expert_only_ranks: Annotated[int, Meta(ge=0)] = (
-        0  # hold experts and serve no lane: memory for weights only
-    )
+    # Hold experts and serve no lane: memory for weights only.
+    expert_only_ranks: Annotated[int, Meta(ge=0)] = 0
     # Experts that each rank holds per layer; none: each expert once in all. More: second copies, which cost
     # cache and let a rank or a node die without an expert being read again.
     slots_per_rank: Count | None = None
@@ -181,9 +180,8 @@ class TlsConfig(Message, frozen=True, kw_only=True):
 class ServiceConfig(Message, frozen=True, kw_only=True):
     """The coordinator with its gRPC server, and the HTTP gateway before it."""
 
-    grpc: str = (
-        "127.0.0.1:50051"  # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network
-    )
+    # host:port to listen on; port 0: any free one; 0.0.0.0 is open to the network.
+    grpc: str = "127.0.0.1:50051"
     # As `grpc`, for clients of OpenAI's and Anthropic's APIs, health checks and metrics; null: no gateway.
     http: str | None = "127.0.0.1:8000"
     max_queued: Count = 1024  # requests not yet accepted; more: fewer refusals, longer waits
@@ -221,15 +219,12 @@ class ClusterConfig(Message, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
     parallel: ParallelConfig
-    model: str | None = (
-        None  # model directory, unless the command line names one; relative to where it is run
-    )
-    kernels: Literal["auto", "native", "triton", "reference"] = (
-        "auto"  # auto: the fastest set this machine has; native: C++ for CPUs; reference: plain torch
-    )
-    dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16"  # of the residual stream; float32: slow, for comparisons
-    )
+    # Model directory, unless the command line names one; relative to where it is run.
+    model: str | None = None
+    # auto: the fastest set this machine has; native: C++ for CPUs; reference: plain torch.
+    kernels: Literal["auto", "native", "triton", "reference"] = "auto"
+    # Of the residual stream; float32: slow, for comparisons.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     exchange: ExchangeConfig = ExchangeConfig()

@@ -109,7 +109,7 @@ class LanePort:
             for request_id in ids:
                 kept = self._kept.get(request_id)
                 if kept is not None and kept.ended_s is None:
-                    self._publish(self._scheduler.abort(request_id, self._clock()))
+                    self._publish(self._scheduler.abort(request_id))
         self.wake()  # the pages go back with the next plan
 
     def events(self, after: int, timeout_s: float) -> EventBatch:
@@ -172,7 +172,7 @@ class LanePort:
             return
         with self._lock:
             for request_id, reason in faults.items():
-                events = self._scheduler.abort(request_id, self._clock(), is_spoiled=is_spoiled)
+                events = self._scheduler.abort(request_id, is_spoiled=is_spoiled)
                 self._publish(
                     tuple(
                         replace(event, finish=FinishReason.ERROR, error=reason, retry_can_help=is_spoiled)

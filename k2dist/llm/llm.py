@@ -15,7 +15,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from k2dist.config import read_architecture
@@ -108,9 +107,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def generate(

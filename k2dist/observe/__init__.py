@@ -2,27 +2,24 @@
 
 from k2dist.observe.health import HealthJudge
 from k2dist.observe.histogram import Histogram, HistogramFacts
-from k2dist.observe.journey import Journey, OutputTrace, Phase, Trace
+from k2dist.observe.journey import Journey, OutputTrace, Trace
 from k2dist.observe.late import Hang, find_hang
 from k2dist.observe.recoveries import Recoveries, RecoveryFacts
 from k2dist.observe.requests import RequestBook, RequestFacts, TenantFacts
 from k2dist.observe.skew import Skew, SkewWindow
 from k2dist.observe.state import (
     ClusterState,
-    Health,
     LaneView,
     LayerLoad,
     RankView,
     StepPair,
     WorldState,
-    view_rank,
 )
 from k2dist.observe.waits import Waits
 
 __all__ = [
     "ClusterState",
     "Hang",
-    "Health",
     "HealthJudge",
     "Histogram",
     "HistogramFacts",
@@ -30,7 +27,6 @@ __all__ = [
     "LaneView",
     "LayerLoad",
     "OutputTrace",
-    "Phase",
     "RankView",
     "Recoveries",
     "RecoveryFacts",
@@ -44,5 +40,4 @@ __all__ = [
     "Waits",
     "WorldState",
     "find_hang",
-    "view_rank",
 ]

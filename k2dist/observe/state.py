@@ -29,6 +29,13 @@ class RankView(Message, frozen=True, kw_only=True):
     stats: RankStats | None = None
     layers: tuple[LayerLoad, ...] = ()
 
+    def told(self, stats: RankStats | None) -> RankView:
+        """The same rank with the stats that it gave; None: it gave none."""
+        if stats is None:
+            return self
+        layers = tuple(map(_layer, stats.expert_load))
+        return replace(self, stats=replace(stats, expert_load=()), layers=layers)
+
 
 class LayerLoad(Message, frozen=True, kw_only=True):
     """What one rank's experts of one MoE layer have computed, in rows."""
@@ -83,29 +90,6 @@ class ClusterState(Message, frozen=True, kw_only=True):
     world_error: str = ""  # why there is none
     step: StepPair | None = None  # of the steps since somebody last asked; None while nothing runs
     health: Health = Health()
-
-
-def view_rank(
-    world_rank: int,
-    *,
-    lane: int | None,
-    tp_rank: int | None,
-    state: str,
-    node: str = "",
-    silent_s: float = 0.0,
-    stats: RankStats | None = None,
-) -> RankView:
-    """A rank as its stats show it."""
-    return RankView(
-        world_rank=world_rank,
-        lane=lane,
-        tp_rank=tp_rank,
-        state=state,
-        node=node,
-        silent_s=silent_s,
-        stats=None if stats is None else replace(stats, expert_load=()),
-        layers=() if stats is None else tuple(map(_layer, stats.expert_load)),
-    )
 
 
 def _layer(rows_by_slot: Sequence[int]) -> LayerLoad:

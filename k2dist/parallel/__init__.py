@@ -6,7 +6,7 @@ from k2dist.parallel.layout import Layout, RankPlace, check_layout, legal_tp
 from k2dist.parallel.machines import machine_groups
 from k2dist.parallel.placement import configured_layout, expert_homes, first_layout
 from k2dist.parallel.published import Published, Share, leftover_tensors, published_tensors
-from k2dist.parallel.shard_plan import ByteRuns, ShardPlan, Skip, TensorRead, shard_plan, shard_plans
+from k2dist.parallel.shard_plan import ByteRuns, ShardPlan, TensorRead, shard_plan, shard_plans
 
 __all__ = [
     "ByteRuns",
@@ -18,7 +18,6 @@ __all__ = [
     "RankPlace",
     "ShardPlan",
     "Share",
-    "Skip",
     "StoredTensor",
     "TensorRead",
     "check_layout",

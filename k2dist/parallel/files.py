@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from k2dist.config.architecture import Architecture
 from k2dist.parallel.published import DTYPE_BYTES, Published, leftover_tensors, published_tensors
@@ -77,18 +78,15 @@ def shard_name(number: int, num_shards: int, *, padded: bool) -> str:
 
 def _file_map(name: str, group: list[Published]) -> FileMap:
     ordered = sorted(group, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
+    offsets = list(accumulate((tensor.num_bytes for tensor in ordered), initial=0))
+    spans = list(zip(ordered, pairwise(offsets), strict=True))
     header: dict[str, object] = {"__metadata__": METADATA}
-    offset = 0
-    for tensor in ordered:
-        end = offset + tensor.num_bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
-        offset = end
+    for tensor, span in spans:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": span}
     json_bytes = len(json.dumps(header, separators=(",", ":")))
     header_bytes = _LENGTH_BYTES + -(-json_bytes // 8) * 8
-    tensors: dict[str, StoredTensor] = {}
-    begin = header_bytes
-    for tensor in ordered:
-        end = begin + tensor.num_bytes
-        tensors[tensor.name] = StoredTensor(tensor.dtype, tensor.shape, begin, end)
-        begin = end
-    return FileMap(name, header_bytes, begin, tensors)
+    tensors = {
+        tensor.name: StoredTensor(tensor.dtype, tensor.shape, header_bytes + begin, header_bytes + end)
+        for tensor, (begin, end) in spans
+    }
+    return FileMap(name, header_bytes, header_bytes + offsets[-1], tensors)

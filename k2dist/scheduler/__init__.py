@@ -1,6 +1,6 @@
 """One lane's plan: which sequences compute which positions in the next step. Pure; time is an argument."""
 
-from k2dist.scheduler.bounds import MAX_LOGPROBS, check_request, check_sampling
+from k2dist.scheduler.bounds import MAX_LOGPROBS, check_request
 from k2dist.scheduler.cadence import PrefillCadence
 from k2dist.scheduler.core import Scheduler
 from k2dist.scheduler.limits import Limits
@@ -13,6 +13,5 @@ __all__ = [
     "PrefillCadence",
     "Scheduler",
     "check_request",
-    "check_sampling",
     "resolve_sampling",
 ]

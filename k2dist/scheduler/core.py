@@ -102,7 +102,7 @@ class Scheduler:
                 self._deadlines.start(request.request_id, now_s + request.timeout_s)
         return tuple(seq.event(len(seq.generated)) for seq in outputs if seq.end is not None)
 
-    def abort(self, request_id: RequestId, now_s: float, *, is_spoiled: bool = False) -> tuple[Event, ...]:
+    def abort(self, request_id: RequestId, *, is_spoiled: bool = False) -> tuple[Event, ...]:
         """End a request's outputs now; unknown ids are left alone. Its pages are free at the next plan.
 
         `is_spoiled`: it got wrong numbers, so nothing that is cached is found again: others may have built

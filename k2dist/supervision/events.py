@@ -10,6 +10,15 @@ from dataclasses import dataclass
 
 from k2dist.ids import Generation, WorldRank
 
+
+@dataclass(frozen=True, slots=True)
+class OfProcess:
+    """News of one process of a rank, or work for it."""
+
+    world_rank: WorldRank
+    incarnation: int
+
+
 # -- events: facts that the shell reports ------------------------------------------------------------------
 
 
@@ -30,55 +39,37 @@ class PlacementFailed:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(OfProcess):
     """The rank's process answers."""
 
-    world_rank: WorldRank
-    incarnation: int
 
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(OfProcess):
     """The rank holds its weights and pages."""
 
-    world_rank: WorldRank
-    incarnation: int
-
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(OfProcess):
     """The rank is a member of all its groups of this generation."""
 
-    world_rank: WorldRank
-    incarnation: int
     generation: Generation
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(OfProcess):
     """A call to the rank raised `error`; its process may still live."""
 
-    world_rank: WorldRank
-    incarnation: int
     error: str
 
 
 @dataclass(frozen=True, slots=True)
-class Died:
+class Died(OfProcess):
     """The rank's process is gone."""
 
-    world_rank: WorldRank
-    incarnation: int
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stopped:
+class Stopped(OfProcess):
     """The rank has left its step loop as it was told to."""
-
-    world_rank: WorldRank
-    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,37 +112,23 @@ class CreatePlacement:
     """One bundle per rank. Answer: Placed or PlacementFailed."""
 
 
-@dataclass(frozen=True, slots=True)
-class StartRank:
+class StartRank(OfProcess):
     """Start the rank's process in its bundle. Answer: Started, Failed or Died."""
 
-    world_rank: WorldRank
-    incarnation: int
 
-
-@dataclass(frozen=True, slots=True)
-class LoadRank:
+class LoadRank(OfProcess):
     """Let it load its own shard. Answer: Loaded, Failed or Died."""
 
-    world_rank: WorldRank
-    incarnation: int
-
 
 @dataclass(frozen=True, slots=True)
-class JoinGeneration:
+class JoinGeneration(OfProcess):
     """Let it rendezvous with all others, on a store of this generation. Answer: Joined, Failed or Died."""
 
-    world_rank: WorldRank
-    incarnation: int
     generation: Generation
 
 
-@dataclass(frozen=True, slots=True)
-class RunRank:
+class RunRank(OfProcess):
     """Let it step until it is stopped. Answer, much later: Stopped, Failed or Died."""
-
-    world_rank: WorldRank
-    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +148,12 @@ class CloseService:
     """End the service; requests still open fail."""
 
 
-@dataclass(frozen=True, slots=True)
-class StopRank:
+class StopRank(OfProcess):
     """Tell it to leave its step loop; all ranks are told. Answer: Stopped, Failed or Died."""
 
-    world_rank: WorldRank
-    incarnation: int
 
-
-@dataclass(frozen=True, slots=True)
-class KillRank:
+class KillRank(OfProcess):
     """End the process, whatever it does; it counts as dead at once and no answer is awaited."""
-
-    world_rank: WorldRank
-    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)

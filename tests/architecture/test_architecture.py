@@ -45,3 +45,10 @@ def test_no_error_is_swallowed() -> None:
 def test_files_stay_readable() -> None:
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 450}
     assert not long
+
+
+def test_every_package_is_on_the_readmes_map() -> None:
+    text = (ROOT / "README.md").read_text().partition("## The map")[2]
+    packages = {path.parts[-2] for path in SOURCES if path.match("k2dist/*/__init__.py")}
+    assert packages
+    assert not [name for name in packages if not re.search(rf"`(k2dist/)?{name}/`", text)]

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from k2dist.cli.prepare import check_here, check_port, prepare_world
 from k2dist.config.cluster import ClusterConfig, ParallelConfig, TlsConfig
 from k2dist.demo import MODEL_DIR
-from k2dist.errors import CapacityError, CheckpointError, ConfigError
+from k2dist.errors import CapacityError, CheckpointError, ConfigError, UsageError
 
 CONFIG = ClusterConfig(name="a", parallel=ParallelConfig(lanes=1, tp=2))
 
@@ -71,13 +71,25 @@ def test_loopback_needs_no_keys(tiny_model_dir: Path, address: str) -> None:
     assert (world.config.service.grpc, world.config.service.http) == (address, address)
 
 
-def test_a_truncated_file_is_found_by_its_header(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_file_that_is_cut_or_missing_is_found_by_headers(
+    tiny_model_dir: Path, tmp_path: Path, is_cut: bool
+) -> None:
     for path in tiny_model_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    shard = sorted(tmp_path.glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-1])
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    if is_cut:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.unlink()
     with pytest.raises(CheckpointError, match=shard.name):
-        prepare_world(CONFIG, tmp_path, "127.0.0.1:0", "127.0.0.1:0")
+        prepare_world(CONFIG, tmp_path)
+
+
+def test_a_layout_that_cuts_a_head_is_bad_usage(tiny_model_dir: Path) -> None:
+    config = replace(CONFIG, parallel=ParallelConfig(lanes=1, tp=3))
+    with pytest.raises(UsageError, match="num_attention_heads 8 / 3 is not whole"):
+        prepare_world(config, tiny_model_dir)
 
 
 def test_only_a_listener_makes_a_port_taken() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from k2dist.config import architecture_names, find_architecture, read_architecture
+from k2dist.config import find_architecture, read_architecture
+from k2dist.config.named import architecture_names
 from k2dist.errors import UsageError
 
 PUBLISHED = Path(__file__).parent / "data" / "kimi-k2-instruct"

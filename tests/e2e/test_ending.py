@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import time
@@ -28,29 +27,6 @@ def refused(*arguments: str | Path) -> tuple[int, str]:
         exit_code = command.wait(BEFORE_RAY_S)
         assert command.note_tree() == set(), "something was started"
         return exit_code, command.error_line()
-
-
-def test_no_such_model(tmp_path: Path) -> None:
-    exit_code, line = refused("serve", write_config(tmp_path, "a"), "--model", tmp_path / "nosuch")
-    assert exit_code == 1
-    assert f"{tmp_path}/nosuch: no such directory" in line
-
-
-def test_a_layout_that_cuts_a_head(tmp_path: Path, tiny_model_dir: Path) -> None:
-    config = write_config(tmp_path, "a", parallel="{lanes: 1, tp: 3}")
-    exit_code, line = refused("serve", config, "--model", tiny_model_dir)
-    assert exit_code == 2
-    assert "num_attention_heads 8 / 3 is not whole" in line
-
-
-def test_a_missing_shard(tmp_path: Path, tiny_model_dir: Path) -> None:
-    model_dir = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, model_dir)
-    shard = sorted(model_dir.glob("*.safetensors"))[1]
-    shard.unlink()
-    exit_code, line = refused("serve", write_config(tmp_path, "a"), "--model", model_dir)
-    assert exit_code == 1
-    assert shard.name in line
 
 
 def test_a_port_in_use(tmp_path: Path, tiny_model_dir: Path) -> None:

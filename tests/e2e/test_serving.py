@@ -166,15 +166,3 @@ def test_a_second_cluster_of_the_name_is_refused(
     with Command(*arguments, ray_address=ray_host.address, TMPDIR=str(tmp_path)) as command:
         assert command.wait() == 1
         assert "'two-by-two' runs in this Ray already" in command.error_line()
-
-
-def test_a_port_in_use_ends_the_second_and_not_the_first(
-    served: dict[str, Any], ray_host: HostProcess, tiny_model_dir: Path, config_dir: Path
-) -> None:
-    """Found before anything starts: coordinator and gateway are where the driver is."""
-    config = write_config(config_dir, "second", ranks="{rank_cpus: 0.5}")
-    arguments = ("serve", config, "--model", tiny_model_dir, "--grpc", served["address"])
-    with Command(*arguments, ray_address=ray_host.address) as command:
-        assert command.wait() == 1
-        assert f"service.grpc={served['address']}: cannot listen there" in command.error_line()
-    assert len(actors_of(ray_host.mark.pid, "RankActor")) == 4, "those of the first"

@@ -11,7 +11,7 @@ import pytest
 from k2dist.config import read_architecture
 from k2dist.engine import LocalWorld
 from k2dist.messages import Sampling
-from k2dist.observe import Hang, RankView, find_hang, view_rank
+from k2dist.observe import Hang, RankView, find_hang
 from k2dist.parallel import first_layout
 from k2dist.scheduler import Limits
 
@@ -27,7 +27,9 @@ def views(world: LocalWorld) -> list[RankView]:
         stats = rank.stats()
         place = world.layout.place(stats.world_rank)
         found.append(
-            view_rank(stats.world_rank, lane=place.lane, tp_rank=place.tp_rank, state="joined", stats=stats)
+            RankView(
+                world_rank=stats.world_rank, lane=place.lane, tp_rank=place.tp_rank, state="joined"
+            ).told(stats)
         )
     return found
 

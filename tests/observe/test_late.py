@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from k2dist.messages import GroupStats, RankStats
-from k2dist.observe import RankView, find_hang, view_rank
+from k2dist.observe import RankView, find_hang
 
 
 def rank(world_rank: int, *groups: GroupStats, lane: int | None = 0, silent_s: float = 0.0) -> RankView:
@@ -24,7 +24,8 @@ def rank(world_rank: int, *groups: GroupStats, lane: int | None = 0, silent_s: f
         expert_load=((3, 5), (0, 0)),
         groups=groups,
     )
-    return view_rank(world_rank, lane=lane, tp_rank=0, state="joined", silent_s=silent_s, stats=stats)
+    view = RankView(world_rank=world_rank, lane=lane, tp_rank=0, state="joined", silent_s=silent_s)
+    return view.told(stats)
 
 
 def group(name: str, num_begun: int, waiting_s: float | None = None) -> GroupStats:

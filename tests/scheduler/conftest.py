@@ -224,7 +224,7 @@ class FakeLane:
         self.take(events)
 
     def abort(self, request_id: str, *, is_spoiled: bool = False) -> None:
-        self.take(self.scheduler.abort(RequestId(request_id), self.now_s, is_spoiled=is_spoiled))
+        self.take(self.scheduler.abort(RequestId(request_id), is_spoiled=is_spoiled))
 
     def lose_pages(self) -> None:
         self.rank.forget_all()

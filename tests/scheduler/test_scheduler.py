@@ -315,12 +315,12 @@ def test_an_abort_ends_every_output_once_and_unknown_ids_are_left_alone(fake_lan
     lane = lane_of(fake_lane)
     lane.add(request(num_outputs=3))
     lane.step()
-    events = lane.scheduler.abort("r", 0.0)
+    events = lane.scheduler.abort("r")
     assert [(event.output_index, event.finish) for event in events] == [
         (i, FinishReason.ABORT) for i in range(3)
     ]
-    assert lane.scheduler.abort("r", 0.0) == ()
-    assert lane.scheduler.abort("nobody", 0.0) == ()
+    assert lane.scheduler.abort("r") == ()
+    assert lane.scheduler.abort("nobody") == ()
     assert not lane.scheduler.has_work
     assert lane.scheduler.load(0).num_pages_free == 8
     assert set(lane.plan().released) == {0, 1, 2}
@@ -364,7 +364,7 @@ def test_time_runs_out_also_while_no_step_comes(fake_lane) -> None:
 def test_an_abort_has_no_error(fake_lane) -> None:
     lane = lane_of(fake_lane)
     lane.add(request("r", timeout_s=1.0))
-    (event,) = lane.scheduler.abort("r", 0.0)
+    (event,) = lane.scheduler.abort("r")
     assert (event.finish, event.error) == (FinishReason.ABORT, "")
 
 

@@ -42,7 +42,7 @@ def transcribe(text: str, fake_lane: type) -> str:
             if verb == "add":
                 lane.add(_request(*words))
             elif verb == "abort":
-                events = lane.scheduler.abort(words[0], lane.now_s)
+                events = lane.scheduler.abort(words[0])
                 lane.take(events)
             elif verb == "wait":
                 lane.now_s += float(words[0])

@@ -93,7 +93,7 @@ class FakeLane:
         self._check_alive()
         for request_id in ids:
             self.cancelled.append(request_id)
-            self._publish(self._scheduler.abort(request_id, time.monotonic()))
+            self._publish(self._scheduler.abort(request_id))
 
     async def events(self, after: int) -> EventBatch:
         while after >= len(self._events):

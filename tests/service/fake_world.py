@@ -7,7 +7,7 @@ import asyncio
 from k2dist.cluster.status import ClusterStatus
 from k2dist.errors import PeerError
 from k2dist.messages import CollectiveStats, GroupStats, RankStats
-from k2dist.observe import RecoveryFacts, WorldState, view_rank
+from k2dist.observe import RankView, RecoveryFacts, WorldState
 
 
 def rank_stats(world_rank: int, *, num_begun: int = 8, waiting_s: float = 0.0) -> RankStats:
@@ -65,7 +65,9 @@ class FakeWorld:
             generation=3,
             phase="running",
             ranks=tuple(
-                view_rank(rank, lane=0, tp_rank=rank, state=self.states[rank], node="n", stats=stats[rank])
+                RankView(world_rank=rank, lane=0, tp_rank=rank, state=self.states[rank], node="n").told(
+                    stats[rank]
+                )
                 for rank in range(2)
             ),
             recoveries=RecoveryFacts(num_recoveries=2, total_s=9.5, last_s=4.0),
