@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
+from contextlib import suppress
 from queue import Queue
 
 import grpc
@@ -14,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from k2dist._proto.v1 import control_pb2
 from k2dist.client import Chat, ChatMessage, Client, ClientRequest, Finished, ToolCall, WholeAnswer
 from k2dist.errors import RequestError, UnavailableError
+from k2dist.service import wire_options
 from k2dist.service.reflection_v1 import V1_NAME
 from k2dist.text.chat import render_text
 from k2dist.text.tokenizer import IM_END, Tokenizer
@@ -151,3 +155,65 @@ async def test_leaving_a_synchronous_iterator_ends_its_request(serve: Serve, tok
         await asyncio.to_thread(use, client.address)
         while not lane.cancelled:
             await asyncio.sleep(0.001)
+
+
+READS_AND_LEAVES = """
+import sys, threading
+from contextlib import suppress
+from k2dist.client import Client, ClientRequest, K2Error
+
+def read(client, has_begun):
+    with suppress(K2Error):
+        for _ in client.generate(ClientRequest(prompt="x")):
+            has_begun.set()
+
+for _ in range(30):
+    with Client(sys.argv[1]) as client:
+        begun = [threading.Event() for _ in range(3)]
+        for event in begun:
+            threading.Thread(target=read, args=(client, event), daemon=True).start()
+        assert all(event.wait(10) for event in begun)
+"""
+
+
+async def test_clients_that_are_closed_while_they_read_leave_no_noise(
+    serve: Serve, tokenizer: Tokenizer
+) -> None:
+    """grpc.aio tells of a cancelled call later, through any loop of the process, and complains of a loop that
+    is closed."""
+    lane = FakeLane(tokenizer, script=lambda _: [97] * 1000, step_s=0.002)
+    async with serve(lane) as client:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            READS_AND_LEAVES,
+            client.address,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {"GRPC_VERBOSITY": "ERROR"},
+        )
+        _, said = await process.communicate()
+    assert (said.decode(), process.returncode) == ("", 0)
+
+
+async def test_connections_without_calls_are_closed_and_opened_again(
+    serve: Serve, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire_options, "_IDLE_MS", 300)
+    monkeypatch.setattr(wire_options, "_HANDSHAKE_MS", 300)
+    monkeypatch.setattr(wire_options, "_MAX_CONNECTIONS", 3)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and empty settings
+    async with serve(FakeLane(tokenizer)) as client:
+        host, _, port = client.address.partition(":")
+        assert (await client.models())[0].name == "tiny"
+        for said in (b"", preface):  # silent from the start; after the handshake
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(said)
+            await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+        silent = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
+        with suppress(ConnectionError):
+            assert await silent[-1][0].read() == b"", "one more than there may be"
+        for _, writer in silent:
+            writer.close()
+        await asyncio.sleep(0.5)  # by now the client's own is gone too
+        assert (await client.models())[0].name == "tiny"
