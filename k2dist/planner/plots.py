@@ -1,4 +1,4 @@
-"""A simulation's curves: an HTML file that needs nothing else, light or dark as its reader has it, or one SVG."""
+"""A simulation's curves: one HTML file that needs nothing else, in light and dark, or one SVG."""
 
 from __future__ import annotations
 
