@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rendered import OVERLAYS, Object, cluster_config, k2dist_commands, name_of, pod_groups, read, render
-from schemas import KUBERNETES, faults
+from schemas import KUBERNETES, faults, ray_faults
 
 from k2dist.config import Architecture, find_architecture
 from k2dist.config.cluster import ClusterConfig
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--crds", type=Path, help="folder with KubeRay's definitions")
     asked = parser.parse_args()
     objects = read(render(asked.overlay))
-    found = list(faults(objects, asked.crds))
+    found = [*faults(objects), *(ray_faults(objects, asked.crds) if asked.crds else ())]
     print("\n".join([*summary(asked.overlay, objects), *(f"fault: {fault}" for fault in found)]))
     print(f"checked: Kubernetes {KUBERNETES}'s schemas, {len(found)} faults", end="; ")
     if asked.crds is None:

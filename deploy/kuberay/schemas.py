@@ -16,21 +16,25 @@ KUBERNETES = "1.31"  # the oldest that the manifests are held against
 MONITOR = Path(__file__).with_name("servicemonitor.schema.yaml")
 
 
-def faults(objects: tuple[Object, ...], crds: Path | None) -> Iterator[str]:
-    """Against the schemas; unknown fields are faults. Without `crds` Ray's kinds are left to the cluster, but
-    for their pods."""
+def faults(objects: tuple[Object, ...]) -> Iterator[str]:
+    """Of every pod, and of every object but Ray's own. Unknown fields are faults."""
     for one in objects:
         if one["kind"] == "ServiceMonitor":
             yield from _schema_faults(one, _closed(yaml.safe_load(MONITOR.read_text())))
         elif one["kind"] not in CLUSTER_KINDS:
             yield from _kind_faults(one)
-        elif crds is not None:
-            yield from _schema_faults(
-                one, _crd_schema(crds, one["kind"], one["apiVersion"].partition("/")[2])
-            )
     for group in pod_groups(objects):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group.part}}
         yield from _kind_faults({**pod, "spec": group.template["spec"]})
+
+
+def ray_faults(objects: tuple[Object, ...], crds: Path) -> Iterator[str]:
+    """Of Ray's objects, by the definitions in the folder `crds`."""
+    for one in objects:
+        if one["kind"] in CLUSTER_KINDS:
+            yield from _schema_faults(
+                one, _crd_schema(crds, one["kind"], one["apiVersion"].partition("/")[2])
+            )
 
 
 def _kind_faults(one: Object) -> Iterator[str]:

@@ -69,7 +69,7 @@ def plan(
         typer.Option(help="Simulate experts wanted in proportion to 1 / place^skew.", min=0, max=4),
     ] = None,
     lose: Annotated[str | None, typer.Option(help="RANK@SECONDS: a simulated rank dies then.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="HTML file for the simulation's curves.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="HTML or SVG file for the simulation's curves.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan a cluster: memory, losses, start, bytes on the wire, tokens a second. Refuses what cannot work."""

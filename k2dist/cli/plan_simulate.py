@@ -18,7 +18,7 @@ from k2dist.parallel import configured_layout
 from k2dist.planner import ClusterPlan, StepModel, Workload
 from k2dist.planner.arrivals import Arrival, Mix, made_up, read_trace
 from k2dist.planner.loss import Loss, loss_of, read_loss
-from k2dist.planner.plots import page
+from k2dist.planner.plots import page, sheet
 from k2dist.planner.report import Percentiles, SimulationReport
 from k2dist.planner.simulate import Simulation, simulate
 from k2dist.planner.site import configured_site
@@ -70,7 +70,10 @@ def run_simulation(
             show(one.num_finished + one.num_refused, len(arrivals))
     report = simulation.report()
     if asked.plot is not None:
-        asked.plot.write_text(page(_title(plan), list(_rows(report)), report), encoding="utf-8")
+        title = _title(plan)
+        is_svg = asked.plot.suffix == ".svg"
+        drawn = sheet(title, report) if is_svg else page(title, list(_rows(report)), report)
+        asked.plot.write_text(drawn, encoding="utf-8")
     if as_json:
         print_json(report)
         return

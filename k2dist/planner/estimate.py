@@ -100,8 +100,8 @@ def estimate(model: StepModel, bounds: Bounds, workload: Workload) -> Estimate:
     return Estimate(
         workload=workload,
         prefill=_prefill(model, bounds, workload),
-        decode=_decode(model, workload, most),
-        alone=_decode(model, workload, 1, is_alone=True),
+        decode=_decode(model, workload, most, lanes=lanes),
+        alone=_decode(model, workload, 1, lanes=1),
         alone_ttft_s=_first_s(model, bounds, workload, others=None),
         serving=_serving(model, bounds, workload, running, concurrency, limit),
     )
@@ -126,27 +126,17 @@ def _prefill(model: StepModel, bounds: Bounds, workload: Workload) -> Phase:
     chunk = min(bounds.chunk_tokens, workload.prompt_len)
     prompts = max(bounds.step_tokens // chunk, 1)
     work = _lane_work(model, 0, workload, prompts * chunk, prompts)
-    return _phase(model, work, work.prompt_rows)
+    return _phase(model, work, work.prompt_rows, lanes=model.site.lanes)
 
 
-def _decode(model: StepModel, workload: Workload, running: int, *, is_alone: bool = False) -> Phase:
-    """`running` in each lane, or one in all of them together."""
-    work = _lane_work(model, running, workload, 0, 0)
-    if not is_alone:
-        return _phase(model, work, running)
-    cost = model.step(work, running)
-    return Phase(
-        tokens_per_s=running / cost.step_s,
-        rank_tokens_per_s=running / cost.step_s / model.site.world_size,
-        lane_rows=running,
-        cost=cost,
-        binding=cost.binding,
-    )
+def _decode(model: StepModel, workload: Workload, running: int, *, lanes: int) -> Phase:
+    """`running` in each of so many lanes; nobody in the others."""
+    return _phase(model, _lane_work(model, running, workload, 0, 0), running, lanes=lanes)
 
 
-def _phase(model: StepModel, work: LaneWork, tokens: int) -> Phase:
-    cost = model.even(work)
-    per_s = model.site.lanes * tokens / cost.step_s
+def _phase(model: StepModel, work: LaneWork, tokens: int, *, lanes: int) -> Phase:
+    cost = model.step(work, lanes * work.num_rows)
+    per_s = lanes * tokens / cost.step_s
     return Phase(
         tokens_per_s=per_s,
         rank_tokens_per_s=per_s / model.site.world_size,

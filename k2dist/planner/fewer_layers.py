@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -48,15 +49,20 @@ def fit_of(
     """What `world_rank` needs for the first `num_layers` and `num_pages` of cache (none without a lane)."""
     few, few_layout = first_layers(architecture, layout, num_layers)
     memory = plan_memory(few, few_layout, terms).ranks[world_rank]
-    fewest, fewest_layout = first_layers(architecture, layout, fewest_layers(architecture))
-    # The embedding is held as it is published.
-    reads = [read for read in shard_plan(fewest, fewest_layout, world_rank).reads if read.name != EMBEDDING]
     return LayerFit(
         num_layers=num_layers,
         memory=memory,
         num_pages=num_pages if memory.lane is not None else 0,
-        laying_out=max(sum(read.num_bytes for read in part) for part in reads_by_layer(reads).values()),
+        laying_out=_laying_out(architecture, layout, world_rank),
     )
+
+
+@lru_cache(maxsize=1)  # most_layers asks for one rank again and again
+def _laying_out(architecture: Architecture, layout: Layout, world_rank: int) -> int:
+    few, few_layout = first_layers(architecture, layout, fewest_layers(architecture))
+    # The embedding is held as it is published.
+    reads = [read for read in shard_plan(few, few_layout, world_rank).reads if read.name != EMBEDDING]
+    return max(sum(read.num_bytes for read in part) for part in reads_by_layer(reads).values())
 
 
 def most_layers(

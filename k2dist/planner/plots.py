@@ -1,4 +1,4 @@
-"""A simulation's curves as one HTML file that needs nothing else: SVG, light or dark as the reader's page."""
+"""A simulation's curves: one HTML file that needs nothing else, in light and dark, or one SVG."""
 
 from __future__ import annotations
 
@@ -12,21 +12,34 @@ WIDTH, HEIGHT = 620, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a")
 
-_STYLE = """
+_HEAD = 24  # pixels above each plot of a sheet, for its name
+_STYLE_OF_SVG = """
+svg text { font-size: 11px; fill: currentColor; }
+svg .grid { stroke: currentColor; stroke-opacity: .15; }
+"""
+_STYLE = (
+    _STYLE_OF_SVG
+    + """
 :root { color-scheme: light dark; }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }
 h2 { font-size: 1rem; margin: 0 0 .2rem; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-svg text { font-size: 11px; fill: currentColor; }
-svg .grid { stroke: currentColor; stroke-opacity: .15; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; } td { padding: .1rem 1rem .1rem 0; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; }
 """
+)
 
 
 class Curve(NamedTuple):
     name: str
     points: Sequence[tuple[float, float]]
+
+
+class Plot(NamedTuple):
+    """`body`: SVG within WIDTH x HEIGHT."""
+
+    title: str
+    body: str
 
 
 class Mark(NamedTuple):
@@ -39,7 +52,12 @@ class Mark(NamedTuple):
 def page(title: str, rows: Sequence[tuple[str, str]], report: SimulationReport) -> str:
     """The whole file. `rows`: what is told in figures above the curves."""
     table = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    body = "".join(_plots(report))
+    body = "".join(
+        f'<figure style="margin:0"><h2>{escape(one.title)}</h2><svg role="img" aria-label='
+        f'"{escape(one.title)}" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">'
+        f"{one.body}</svg></figure>"
+        for one in _plots(report)
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{escape(title)}</h1><p>Computed by <code>k2dist plan</code> under a "
@@ -48,7 +66,24 @@ def page(title: str, rows: Sequence[tuple[str, str]], report: SimulationReport) 
     )
 
 
-def _plots(report: SimulationReport) -> Sequence[str]:
+def sheet(title: str, report: SimulationReport) -> str:
+    """The plots as one picture on white, two beside each other: for where a page may show no HTML."""
+    parts = []
+    plots = _plots(report)
+    for index, one in enumerate(plots):
+        x, y = index % 2 * WIDTH, _HEAD + index // 2 * (HEIGHT + _HEAD)
+        name = f'<text x="{LEFT}" y="-8" font-weight="bold">{escape(one.title)}</text>'
+        parts.append(f'<g transform="translate({x} {y})">{name}{one.body}</g>')
+    width, height = 2 * WIDTH, -(-len(plots) // 2) * (HEIGHT + _HEAD)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} '
+        f'{height}" style="color:#222" font-family="system-ui, sans-serif"><title>{escape(title)}</title>'
+        f"<style>{_STYLE_OF_SVG}</style>"
+        f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _plots(report: SimulationReport) -> Sequence[Plot]:
     moments = report.moments
     loss = report.loss
     marks = () if loss is None else (Mark(f"rank {loss.world_rank} lost", loss.at_s),)
@@ -80,8 +115,8 @@ def _shares(values: Sequence[float], scale: float) -> Curve:
     )
 
 
-def plot(title: str, unit: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> str:
-    """One figure; both axes begin at 0."""
+def plot(title: str, unit: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> Plot:
+    """Both axes begin at 0."""
     points = [point for curve in curves for point in curve.points]
     most_x = _round_up(max((x for x, _ in points), default=0.0))
     most_y = _round_up(max((y for _, y in points), default=0.0))
@@ -101,10 +136,7 @@ def plot(title: str, unit: str, curves: Sequence[Curve], marks: Sequence[Mark] =
                 f'<text x="{WIDTH - RIGHT}" y="{TOP + 10 + 14 * index}" text-anchor="end" '
                 f'style="fill:{colour}">{escape(curve.name)}</text>'
             )
-    return (
-        f'<figure style="margin:0"><h2>{escape(title)}</h2><svg role="img" aria-label="{escape(title)}" '
-        f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg></figure>'
-    )
+    return Plot(title, "".join(parts))
 
 
 def _axes(most_x: float, most_y: float, unit: str) -> Sequence[str]:

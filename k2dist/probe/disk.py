@@ -36,7 +36,9 @@ class Reader(NamedTuple):
 
 
 IN_ORDER = Reader(8, 16 * 2**20, is_spread=False)
-# No one of them is best on every disk; what a disk can do is what the best of them reads.
+# No one of them is best on every disk; what it can do is what the best of them reads. 1.6 GB in eight files
+# on a virtual disk, GB/s, the better of two: 1.01, 1.01, 1.00; dd with direct reads, one after the other of
+# 16 MiB 0.84, eight at once of 1 MiB 0.87; fio with eight jobs, 16 MiB 0.89, 256 KiB and a depth of 8 1.07.
 READERS = (IN_ORDER, Reader(8, 2**20, is_spread=True), Reader(32, 2**20, is_spread=True))
 
 

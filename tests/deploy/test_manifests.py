@@ -67,12 +67,12 @@ def parts(objects: Objects) -> dict[str, Any]:
 
 
 def test_what_kubernetes_knows_is_legal(objects: Objects) -> None:
-    assert list(SCHEMAS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects)) == []
 
 
 @pytest.mark.skipif(not CRDS.exists(), reason="KubeRay's definitions are not beside this checkout")
 def test_what_kuberay_knows_is_legal(objects: Objects) -> None:
-    assert list(SCHEMAS.faults(objects, CRDS)) == []
+    assert list(SCHEMAS.ray_faults(objects, CRDS)) == []
 
 
 @pytest.mark.skipif(not CRDS.exists(), reason="KubeRay's definitions are not beside this checkout")
@@ -82,7 +82,7 @@ def test_fields_that_nobody_knows_are_faults(rendered: dict[str, Objects]) -> No
     RENDERED.cluster_spec(objects)["authOptions"]["kind"] = "token"
     group = RENDERED.cluster_spec(objects)["workerGroupSpecs"][1]
     group["template"]["spec"]["containers"][0]["startProbe"] = {}
-    found = "\n".join(SCHEMAS.faults(objects, CRDS))
+    found = "\n".join([*SCHEMAS.faults(objects), *SCHEMAS.ray_faults(objects, CRDS)])
     assert "spec.authOptions: Additional properties are not allowed ('kind' was unexpected)" in found
     assert "spec.workerGroupSpecs.1.template.spec.containers.0" in found
     assert "Pod ranks: spec.containers.0: Additional properties" in found
@@ -103,7 +103,7 @@ def test_a_monitor_that_would_not_scrape_is_a_fault(
     objects = copy.deepcopy(rendered["h200-2x8"])
     (monitor,) = of_kind(objects, "ServiceMonitor")
     monitor["spec"]["endpoints"][0] |= change
-    (fault,) = SCHEMAS.faults(objects, None)
+    (fault,) = SCHEMAS.faults(objects)
     assert message in fault
 
 
@@ -120,7 +120,7 @@ def test_all_pods_or_none_is_a_component(tmp_path: Path, component: str, label: 
 def test_a_secret_can_be_mounted(tmp_path: Path) -> None:
     """Keys and certificates, for the one pod that asks for them."""
     objects = with_component(tmp_path, "cpu-demo", "keys")
-    assert list(SCHEMAS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects)) == []
     mounts = {
         part: [mount["mountPath"] for mount in group.container["volumeMounts"]]
         for part, group in parts(objects).items()
@@ -279,7 +279,7 @@ def secret_mounts(group: Any) -> dict[str, str]:
 def test_certificates_are_a_component(tmp_path: Path) -> None:
     """With the line of configuration that it asks for, which has to be valid and lead to its files."""
     objects = with_component(tmp_path, "h200-2x8", "tls")
-    assert list(SCHEMAS.faults(objects, None)) == []
+    assert list(SCHEMAS.faults(objects)) == []
     service = parts(objects)["service"]
     probes = [service.container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
     assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3

@@ -41,9 +41,6 @@ def options(ray: DashboardRay, tmp_path_factory: pytest.TempPathFactory) -> tupl
     config["service"] = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}
     config["deadlines"] = {"start_s": 90, "drain_s": 5, "stop_s": 5}
     (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
-    (directory / "large.yaml").write_text(
-        yaml.safe_dump(config | {"name": "large", "ranks": {"rank_cpus": 3}})
-    )
     ray.await_dashboard()
     return ("--working-dir", directory, "--runtime-env", directory / "runtime_env.yaml")
 
@@ -52,12 +49,12 @@ def test_jobs_from_a_wheel_serve_or_fail_with_the_reason_and_stop_leaves_nothing
     ray: DashboardRay, options: tuple[str | Path, ...]
 ) -> None:
     """Side by side: their environment is made once, and that, Ray's commands and imports take the time."""
-    with ray.job("submit", *options, *SERVE, "large.yaml") as cannot_be:
+    with ray.job("submit", *options, *SERVE, "absent.yaml") as cannot_be:
         _submit(ray, "one", options)
         line = await_line(lambda: ray.job_log("one"), "job serves ", 90)
         said, _ = cannot_be.communicate(timeout=60)
     assert cannot_be.returncode != 0
-    assert "k2dist: error: the layout needs 1 ranks x 3 CPU = 3 CPU, and Ray has 2;" in said
+    assert "k2dist: error: absent.yaml: " in said
 
     log = ray.job_log("one")
     for stage in ("joining the Ray at", "ranks start, load their shards", "rank 0 has loaded and tested"):

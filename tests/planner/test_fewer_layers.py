@@ -17,13 +17,14 @@ TERMS = Terms(
 
 
 def test_few_layers_are_a_legal_model_whose_reads_are_the_first_of_the_whole() -> None:
-    few, layout = first_layers(K2, EP16, 3)
+    six, six_layout = first_layers(K2, EP16, 6)  # of 61: every shard plan takes a while
+    few, layout = first_layers(six, six_layout, 3)
     check_layout(few, layout)
     for rank in (0, 15):
         some = shard_plan(few, layout, rank).reads
         names = {read.name for read in some}
-        layers = tuple(f"model.layers.{n}." for n in range(3, 61))
-        whole = shard_plan(K2, EP16, rank).reads
+        layers = tuple(f"model.layers.{n}." for n in range(3, 6))
+        whole = shard_plan(six, six_layout, rank).reads
         assert some == tuple(read for read in whole if not read.name.startswith(layers))
         assert set(reads_by_layer(some)) == ({None, 0, 1, 2} if rank == 0 else {1, 2})
         assert len(names) == len(some)

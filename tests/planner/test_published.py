@@ -8,7 +8,7 @@ import pytest
 
 import k2dist.planner
 from k2dist.config import Architecture
-from k2dist.planner.published import ROWS, Prediction, predictions, table
+from tests.planner.published import ROWS, Prediction, predictions, table
 
 TEXT = (Path(k2dist.planner.__file__).parent / "PUBLISHED.md").read_text()
 

@@ -18,7 +18,7 @@ from k2dist.planner import StepModel, Workload, configured_terms, plan_memory
 from k2dist.planner.arrivals import Arrival, Mix, made_up, read_trace, request_of
 from k2dist.planner.chance import Chance
 from k2dist.planner.loss import Loss, loss_of, read_loss
-from k2dist.planner.plots import page
+from k2dist.planner.plots import page, sheet
 from k2dist.planner.report import Percentiles, SimulationReport
 from k2dist.planner.simulate import Simulation, simulate
 from k2dist.planner.site import configured_site
@@ -244,3 +244,6 @@ def test_curves_are_whole_and_lie_in_their_frames() -> None:
             points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
             assert points
             assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    picture = ElementTree.fromstring(sheet("a <title>", report))
+    assert len([one for one in picture.iter() if one.tag.endswith("}g")]) == 7
+    assert picture[0].text == "a <title>"

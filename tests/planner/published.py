@@ -2,8 +2,8 @@
 
 Each row is laid out as its source says and costed in two ways: as k2dist computes a step today (nothing
 overlaps, `ASSUMED`), and as those systems do, with the exchange beside the arithmetic of another half of the
-batch and experts balanced. `PUBLISHED.md` holds the table and explains each ratio outside 0.5 to 2; a test
-recomputes it.
+batch and experts balanced. `k2dist/planner/PUBLISHED.md` holds the table, and explains each ratio outside 0.5
+to 2; the test recomputes it.
 """
 
 from __future__ import annotations
