@@ -31,6 +31,7 @@ _OPTIONS = {
 _LEAP = "(?:..(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 _DATE = f"^(?:.{{5}}(?:0[13-9]|1|02-[01]|02-2[0-8])|{_LEAP}-02-29)"
 _FORMATS = {"date": (_DATE,), "time": ("^.{6}[0-5]",), "date-time": (_DATE, "^.{17}[0-5]")}
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -52,6 +53,9 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise UnfitError(f"a JSON {type(schema).__name__}; a schema is an object")
+    for keyword, value in schema.items():
+        if any(_SURROGATE.search(inner) for inner in (keyword, *_strings(value))):
+            raise UnfitError(f"{json.dumps(keyword)[1:-1]}: half of a surrogate pair is no character")
     if must_be_object:
         _make_object(schema)
     for part in _parts(schema):
@@ -61,10 +65,17 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
     return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
 
 
-def _parse(text: str) -> Any:
-    num_bytes = len(text.encode(errors="replace"))
+def check_text(what: str, text: str) -> None:
+    """UnfitError: it is too long, or has half of a surrogate pair, which no answer can have."""
+    if _SURROGATE.search(text):
+        raise UnfitError(f"{what}: half of a surrogate pair is no character")
+    num_bytes = len(text.encode())
     if num_bytes > MAX_SCHEMA_BYTES:
-        raise UnfitError(f"{num_bytes} bytes; at most {MAX_SCHEMA_BYTES}")
+        raise UnfitError(f"{what}: {num_bytes} bytes; at most {MAX_SCHEMA_BYTES}")
+
+
+def _parse(text: str) -> Any:
+    check_text("the schema", text)
     try:
         return json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:

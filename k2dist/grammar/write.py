@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import llguidance
 
-from k2dist.grammar.schema import MAX_SCHEMA_BYTES, UnfitError, ready_schema
+from k2dist.grammar.schema import MAX_SCHEMA_BYTES, UnfitError, check_text, ready_schema
 from k2dist.messages import (
     CallableTool,
     Choice,
@@ -68,15 +68,15 @@ def _write_text(constraint: TextConstraint) -> str:
         case JsonObject():
             return f"start: %json {ready_schema(_ANY_OBJECT)}"
         case Regex(pattern=pattern):
-            _check_size("regex", pattern)
+            check_text("regex", pattern)
             return f"start: /{llguidance.regex_to_lark(pattern, '')}/"
         case Choice(choices=choices):
             if not 1 <= len(choices) <= MAX_CHOICES:
                 raise UnfitError(f"choice: {len(choices)} choices; use 1 to {MAX_CHOICES}")
-            _check_size("choice", "".join(choices))
+            check_text("choice", "\n".join(choices))
             return f"start: {' | '.join(map(_literal, choices))}"
         case Lark(grammar=grammar):
-            _check_size("lark", grammar)
+            check_text("lark", grammar)
             return grammar
 
 
@@ -126,12 +126,6 @@ def _check_tools(tools: tuple[CallableTool, ...]) -> None:
             raise UnfitError(
                 f"{name[:MAX_NAME_LENGTH]!r} is no name: use 1 to {MAX_NAME_LENGTH} printable characters"
             )
-
-
-def _check_size(what: str, text: str) -> None:
-    num_bytes = len(text.encode(errors="replace"))
-    if num_bytes > MAX_SCHEMA_BYTES:
-        raise UnfitError(f"{what}: {num_bytes} bytes; at most {MAX_SCHEMA_BYTES}")
 
 
 def _literal(text: str) -> str:

@@ -182,6 +182,8 @@ def test_tools_that_cannot_be_called_are_refused(
     [
         Regex(pattern="(a"),
         Regex(pattern="(?=a)"),
+        Regex(pattern="\ud800"),
+        Choice(choices=("a", "\ud800")),
         Lark(grammar="start: b"),
         Lark(grammar=""),
         Choice(choices=()),
