@@ -11,6 +11,7 @@ Source of the envelope: Kimi-K2 docs/tool_call_guidance.md (k2_facts 4.7).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -34,6 +35,8 @@ MAX_TOOLS = 128
 MAX_CALLS = 128
 MAX_NAME_LENGTH = 256
 MAX_CHOICES = 1024
+_SCHEMA = re.compile(r"%json\s*")
+_DECODER = json.JSONDecoder()
 _ANY_OBJECT = '{"type": "object"}'
 
 SpecialId = Callable[[str], int]
@@ -77,7 +80,20 @@ def _write_text(constraint: TextConstraint) -> str:
             return f"start: {' | '.join(map(_literal, choices))}"
         case Lark(grammar=grammar):
             check_text("lark", grammar)
-            return grammar
+            return _with_ready_schemas(grammar)
+
+
+def _with_ready_schemas(grammar: str) -> str:
+    """Schemas in a client's own grammar keep to what others keep to."""
+    written, place = "", 0
+    while found := _SCHEMA.search(grammar, place):
+        try:
+            _, end = _DECODER.raw_decode(grammar, found.end())
+        except ValueError as error:
+            raise UnfitError(f"%json: {error}") from error
+        written += grammar[place : found.end()] + ready_schema(grammar[found.end() : end])
+        place = end
+    return written + grammar[place:]
 
 
 def _write_tools(calls: ToolCalls, special_id: SpecialId) -> str:

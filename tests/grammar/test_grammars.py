@@ -186,6 +186,10 @@ def test_tools_that_cannot_be_called_are_refused(
         Choice(choices=("a", "\ud800")),
         Lark(grammar="start: b"),
         Lark(grammar=""),
+        Lark(grammar="start: %json"),
+        Lark(grammar="start: %json {"),
+        Lark(grammar='start: %json {"multipleOf": 1000003}'),
+        Lark(grammar='start: "a" %json {} | %json {"x-guidance": {"lenient": true}, "not": {}}'),
         Choice(choices=()),
     ],
 )
