@@ -7,6 +7,7 @@ beforehand, or where that is not allowed (with a random vocabulary) a random one
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -101,7 +102,10 @@ def measure(
     compiled = tuple(_compile_cost(case, grammars) for case in _cases())
     cases = _cases()
     outputs = [_Output(tokenizer, grammars, cases, number, draw) for number in range(num_outputs)]
+    gc.collect()
+    gc.freeze()  # as a rank does, once it has loaded
     times = _times(outputs, grammars, draw, num_steps, note)
+    gc.unfreeze()
     return GrammarCost(
         vocabulary="random" if vocabulary is None else vocabulary.name,
         vocab_size=tokenizer.vocab_size,

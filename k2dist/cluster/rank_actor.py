@@ -7,6 +7,7 @@ and 6.3 ms at p95 while four ranks step on 2 cores, at Python's own switch inter
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -88,6 +89,10 @@ class RankActor:
         )
         self._progress = replace(progress, seconds=seconds)
         self._runtime = runtime
+        # What is here now stays. A full collection, which may fall into any step, took 0.29 s for 420,000
+        # objects, and takes less than a millisecond then.
+        gc.collect()
+        gc.freeze()
 
     def join(self, meeting: Rendezvous, peers: Sequence[Any]) -> None:
         """Become a member of all groups of a generation, and record its steps; `peers` are all rank actors.

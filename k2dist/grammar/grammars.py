@@ -20,9 +20,10 @@ from k2dist.grammar.write import mask_bytes, write_grammar
 from k2dist.messages import CallableTool, Constraint, JsonSchema, Lark, ToolCalls
 from k2dist.text.tokenizer import PATTERN, Tokenizer
 
-# llguidance's defaults but for the lexer's states (0.5 kB each, for as long as the grammar is kept; else
-# 250,000) and the grammar's size.
+# Lower than llguidance's own: the lexer's states (250,000 there; 0.5 kB each, for as long as the grammar is kept),
+# what compiling a lexer may take (1,000,000; that is 1.4 s and 190 MB), and the grammar's size (500,000).
 _MAX_LEXER_STATES = 50_000
+_LEXER_FUEL = 250_000
 _MAX_GRAMMAR_SIZE = 200_000
 _KEPT = 128  # compiled grammars; most hold some 100 kB
 
@@ -127,7 +128,10 @@ class Grammars:
         self._end_token_ids = end_token_ids
         self._ll_tokenizer = _ll_tokenizer(tokenizer, end_token_ids)
         self._limits = llguidance.LLParserLimits(
-            max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False
+            initial_lexer_fuel=_LEXER_FUEL,
+            max_lexer_states=_MAX_LEXER_STATES,
+            max_grammar_size=_MAX_GRAMMAR_SIZE,
+            verbose_errors=False,
         )
         self._kept: OrderedDict[Constraint, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()

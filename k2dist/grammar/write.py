@@ -11,12 +11,13 @@ Source of the envelope: Kimi-K2 docs/tool_call_guidance.md (k2_facts 4.7).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import llguidance
 
-from k2dist.grammar.schema import MAX_SCHEMA_BYTES, UnfitError, ready_schema
+from k2dist.grammar.schema import MAX_SCHEMA_BYTES, UnfitError, check_text, ready_schema
 from k2dist.messages import (
     CallableTool,
     Choice,
@@ -34,6 +35,8 @@ MAX_TOOLS = 128
 MAX_CALLS = 128
 MAX_NAME_LENGTH = 256
 MAX_CHOICES = 1024
+_SCHEMA = re.compile(r"%json\s*")
+_DECODER = json.JSONDecoder()
 _ANY_OBJECT = '{"type": "object"}'
 
 SpecialId = Callable[[str], int]
@@ -68,16 +71,29 @@ def _write_text(constraint: TextConstraint) -> str:
         case JsonObject():
             return f"start: %json {ready_schema(_ANY_OBJECT)}"
         case Regex(pattern=pattern):
-            _check_size("regex", pattern)
+            check_text("regex", pattern)
             return f"start: /{llguidance.regex_to_lark(pattern, '')}/"
         case Choice(choices=choices):
             if not 1 <= len(choices) <= MAX_CHOICES:
                 raise UnfitError(f"choice: {len(choices)} choices; use 1 to {MAX_CHOICES}")
-            _check_size("choice", "".join(choices))
+            check_text("choice", "\n".join(choices))
             return f"start: {' | '.join(map(_literal, choices))}"
         case Lark(grammar=grammar):
-            _check_size("lark", grammar)
-            return grammar
+            check_text("lark", grammar)
+            return _with_ready_schemas(grammar)
+
+
+def _with_ready_schemas(grammar: str) -> str:
+    """Schemas in a client's own grammar keep to what others keep to."""
+    written, place = "", 0
+    while found := _SCHEMA.search(grammar, place):
+        try:
+            _, end = _DECODER.raw_decode(grammar, found.end())
+        except ValueError as error:
+            raise UnfitError(f"%json: {error}") from error
+        written += grammar[place : found.end()] + ready_schema(grammar[found.end() : end])
+        place = end
+    return written + grammar[place:]
 
 
 def _write_tools(calls: ToolCalls, special_id: SpecialId) -> str:
@@ -126,12 +142,6 @@ def _check_tools(tools: tuple[CallableTool, ...]) -> None:
             raise UnfitError(
                 f"{name[:MAX_NAME_LENGTH]!r} is no name: use 1 to {MAX_NAME_LENGTH} printable characters"
             )
-
-
-def _check_size(what: str, text: str) -> None:
-    num_bytes = len(text.encode(errors="replace"))
-    if num_bytes > MAX_SCHEMA_BYTES:
-        raise UnfitError(f"{what}: {num_bytes} bytes; at most {MAX_SCHEMA_BYTES}")
 
 
 def _literal(text: str) -> str:

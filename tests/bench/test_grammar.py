@@ -28,7 +28,7 @@ def test_times_are_of_all_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "_K2_VOCABULARY", 600)
     cost = grammar.measure(num_outputs=3, num_steps=5)
     assert (cost.vocabulary, cost.vocab_size, cost.num_outputs) == ("random", 856, 3)
-    assert 0 < cost.mask_ms.mean <= cost.step_ms.mean
+    assert min(cost.mask_ms.mean, cost.mask_ms.p99, cost.step_ms.mean, cost.step_cpu_ms.mean) > 0
     assert all(one.compile_ms > 0 for one in cost.compiled)
     with pytest.raises(UsageError, match="--outputs=0"):
         grammar.measure(num_outputs=0)

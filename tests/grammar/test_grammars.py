@@ -182,8 +182,14 @@ def test_tools_that_cannot_be_called_are_refused(
     [
         Regex(pattern="(a"),
         Regex(pattern="(?=a)"),
+        Regex(pattern="\ud800"),
+        Choice(choices=("a", "\ud800")),
         Lark(grammar="start: b"),
         Lark(grammar=""),
+        Lark(grammar="start: %json"),
+        Lark(grammar="start: %json {"),
+        Lark(grammar='start: %json {"multipleOf": 1000003}'),
+        Lark(grammar='start: "a" %json {} | %json {"x-guidance": {"lenient": true}, "not": {}}'),
         Choice(choices=()),
     ],
 )
