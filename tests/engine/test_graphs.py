@@ -215,6 +215,7 @@ class FakeGraphs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.replays: list[int] = []
         self.is_capturing = False
+        self.stream = "the current one"
         self.num_graphs = 0
         outer = self
 
@@ -227,16 +228,25 @@ class FakeGraphs:
                 assert not outer.is_capturing
                 outer.replays.append(self.number)
 
-        @contextmanager
-        def capture(graph: Graph, *, pool: object, capture_error_mode: str) -> Iterator[None]:
-            assert capture_error_mode == "thread_local", "other threads go on"
-            outer.is_capturing = True
-            yield
-            outer.is_capturing = False
+            def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+                assert (pool, capture_error_mode) == ("pool", "thread_local"), "other threads go on"
+                assert outer.stream == "a stream of its own"
+                outer.is_capturing = True
+
+            def capture_end(self) -> None:
+                outer.is_capturing = False
 
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of its own")
+        monkeypatch.setattr(torch.cuda, "stream", self._on)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    @contextmanager
+    def _on(self, stream: str) -> Iterator[None]:
+        self.stream, before = stream, self.stream
+        yield
+        self.stream = before
 
 
 @pytest.mark.parametrize("calls_outside", [False, True])
