@@ -170,6 +170,22 @@ def test_what_was_not_recorded_in_time_is_eager_on_all_ranks_and_counted(
     assert stats[0].num_decodes_eager == stats[1].num_decodes_eager > 0
 
 
+def test_a_rank_that_cannot_record_keeps_nobody_waiting(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> FormRule:
+        if threading.current_thread().name == "rank-1":
+            raise MemoryError("no room for a graph")
+        return record_sizes(*args, **options)
+
+    monkeypatch.setattr(runtime, "record_sizes", broken)
+    layout = first_layout(read_architecture(tiny_model_dir), lanes=2, tp=1)
+    world = LocalWorld(tiny_model_dir, layout, limits=LIMITS, capacity_factor=1.0, graphs="twin")
+    with pytest.raises(MemoryError, match="no room for a graph"):
+        world.start()
+    world.close()
+
+
 def test_a_new_generation_records_anew(tiny_model_dir: Path) -> None:
     with a_world(tiny_model_dir, (1, 1, 0, 1)) as world:
         (rank,) = world.ranks
