@@ -123,10 +123,10 @@ class PaddedExchange:
             (slot_RCK[:, :room], self._has_overflowed.to(slot_TK.dtype).expand(size, room, 1)), dim=2
         )
         row_TB = to_bytes(rows_TW)
-        # A rank without rows still sends frames. Elsewhere an empty place holds row 0, and no slot.
-        row_NB = row_TB.new_zeros(size * room, row_TB.shape[1])
-        if num_rows > 0:
+        if num_rows > 0:  # an empty place holds row 0, and no slot
             row_NB = row_TB.index_select(0, row_RC.flatten())
+        else:  # a rank without rows still sends frames
+            row_NB = row_TB.new_zeros(size * room, row_TB.shape[1])
         return num_rows_R, torch.cat((row_NB, to_bytes(tag_RCk.flatten(0, 1))), dim=1)
 
     def _sort_pairs(

@@ -11,7 +11,8 @@ A recording holds the communicators that it was made with, and goes with their g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -45,6 +46,7 @@ class CudaRecorder:
     def __init__(self, *, calls_outside: bool) -> None:
         self._calls_outside = calls_outside
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def record(self, begin: Begin) -> CudaRecording:
         pieces = begin()
@@ -52,8 +54,7 @@ class CudaRecorder:
         given: Tensor | None = None  # what the last call gave, where the next piece reads it
         while True:
             graph, call = torch.cuda.CUDAGraph(), None
-            # Other threads go on meanwhile: the step loop copies, NCCL's looks at its events.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with self._capturing(graph):
                 try:
                     call = pieces.send(given) if given is not None else next(pieces)
                     while not self._calls_outside:
@@ -63,6 +64,21 @@ class CudaRecorder:
             graph.replay()
             given = call().clone()
             segments.append((graph, call, given))
+
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """`torch.cuda.graph` without its clean-up: that gives the allocator's memory back to the driver, 70
+        times, and the first steps would have to ask for it again.
+
+        Other threads go on meanwhile: the step loop copies, NCCL's looks at its events.
+        """
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
 
 
 class CudaRecording:

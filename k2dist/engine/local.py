@@ -106,6 +106,9 @@ class LocalWorld:
             thread.start()
         for is_ready in are_ready:
             is_ready.wait()
+        failure = self.failure()
+        if failure is not None:  # before any request could have heard of it
+            raise failure
 
     def close(self) -> None:
         """Stop after the step under way, and wait for the threads. What still runs gets no further event."""

@@ -46,11 +46,18 @@ def warm_up(
     with torch.inference_mode():
         for number, batch in enumerate(batches, 1):
             passes.exactly(StagedBatch(batch, Form(), None))
-            passes.settle()
+            _wait(model.device)
             note(number, num_sizes)
         for number, bucket in enumerate(rule.buckets, 1 + len(batches)):
             passes.try_out(rule.recorded(bucket))
+            _wait(model.device)
             note(number, num_sizes)
+
+
+def _wait(device: torch.device) -> None:
+    """What is wrong shows here, and not in the middle of something else."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _prompt_batches(limits: Limits, cache: LatentCache, tp: int) -> list[Batch]:

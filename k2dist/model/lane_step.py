@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from k2kernels import KernelSet
 from torch import Tensor
@@ -15,13 +15,23 @@ from k2dist.model.latent_cache import LatentCache
 
 @dataclass(frozen=True, slots=True)
 class LaneStep:
-    """`lane`: the group of the lane's tp ranks, `cache`: this rank's copy of the lane's latents."""
+    """`lane`: the group of the lane's tp ranks, `cache`: this rank's copy of the lane's latents.
+
+    `cos_TF`, `sin_TF`: angles of all rows, looked up once and not in each layer.
+    """
 
     batch: Batch
     cache: LatentCache
     lane: Communicator
     architecture: Architecture
     kernels: KernelSet
+    cos_TF: Tensor = field(init=False)
+    sin_TF: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        cos_TF, sin_TF = self.cache.rope.at(self.batch.position_T)
+        object.__setattr__(self, "cos_TF", cos_TF)
+        object.__setattr__(self, "sin_TF", sin_TF)
 
     def gather(self, x_tD: Tensor) -> Tensor:
         """All rows of the lane from every rank's own: [T, D]. Collective over the lane."""

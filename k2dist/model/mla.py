@@ -32,11 +32,14 @@ def attention(x_tD: Tensor, layer: int, weights: Mla, step: LaneStep) -> Tensor:
     kernels.latent_write_(cache_CD, batch.write_T, latent_TL, key_TP)
 
     q_ThD = _queries(q_TQ, weights, step)
-    out_ThV = q_ThD.new_empty(*q_ThD.shape[:2], step.architecture.v_head_dim)
-    _attend_prompts_(out_ThV, q_ThD, cache_CD, weights, step)
-    if len(batch.decode_row_R):
-        q_RhD = q_ThD[batch.decode_row_R]
-        out_ThV[batch.decode_row_R] = _attend_absorbed(q_RhD, cache_CD, weights, step)
+    if batch.prompts:
+        out_ThV = q_ThD.new_empty(*q_ThD.shape[:2], step.architecture.v_head_dim)
+        _attend_prompts_(out_ThV, q_ThD, cache_CD, weights, step)
+        if len(batch.decode_row_R):
+            q_RhD = q_ThD[batch.decode_row_R]
+            out_ThV[batch.decode_row_R] = _attend_absorbed(q_RhD, cache_CD, weights, step)
+    else:  # generated rows are all rows, in their order
+        out_ThV = _attend_absorbed(q_ThD, cache_CD, weights, step)
     return step.reduce(kernels.linear(out_ThV.flatten(1), weights.o, torch.float32))
 
 
@@ -59,7 +62,7 @@ def _compress(x_tD: Tensor, weights: Mla, step: LaneStep) -> Tensor:
     """[normed query latent | normed latent | rotated key part]: [t, A]. The key part is not normed."""
     kernels, eps = step.kernels, step.architecture.inner_norm_eps
     q_tQ, latent_tL, key_tP = _parted(kernels.linear(x_tD, weights.qkv_a), step)
-    cos_tF, sin_tF = step.cache.rope.at(step.own(step.batch.position_T))
+    cos_tF, sin_tF = step.own(step.cos_TF), step.own(step.sin_TF)
     parts = (
         kernels.rmsnorm(q_tQ, weights.q_norm_Q, eps),
         kernels.rmsnorm(latent_tL, weights.kv_norm_L, eps),
@@ -78,8 +81,8 @@ def _queries(q_TQ: Tensor, weights: Mla, step: LaneStep) -> Tensor:
     """[unrotated | rotated] queries of this rank's heads: [T, h, N + P]."""
     nope = step.architecture.qk_nope_head_dim
     q_ThD = step.kernels.linear(q_TQ, weights.q_b).view(len(q_TQ), -1, step.architecture.qk_head_dim)
-    cos_TF, sin_TF = step.cache.rope.at(step.batch.position_T)
-    return torch.cat((q_ThD[..., :nope], step.kernels.rope(q_ThD[..., nope:], cos_TF, sin_TF)), dim=-1)
+    rotated_ThP = step.kernels.rope(q_ThD[..., nope:], step.cos_TF, step.sin_TF)
+    return torch.cat((q_ThD[..., :nope], rotated_ThP), dim=-1)
 
 
 def _attend_prompts_(out_ThV: Tensor, q_ThD: Tensor, cache_CD: Tensor, weights: Mla, step: LaneStep) -> None:

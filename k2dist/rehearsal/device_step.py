@@ -4,7 +4,7 @@ One rank with K2's own widths, made-up weights and the engine's real steps (plan
 its experts stand in for all others. Wall time per step, and the sum of its kernels' times as the profiler
 tells them. Issue 4 asks that a step be no more than 5% longer.
 
-    python -m k2dist.rehearsal.device_step --layers 61 --experts 24 --decode 64 --context 4096     about 96 GB
+    python -m k2dist.rehearsal.device_step --experts 24 --decode 64 --context 4096     61 layers: about 96 GB
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from k2dist.engine.steps import Step, Steps
 from k2dist.ids import Generation
 from k2dist.messages import StepPlan
 from k2dist.parallel import Layout, first_layout
-from k2dist.parallel.buckets import spare_places
-from k2dist.planner.fewer_layers import first_layers
+from k2dist.parallel.buckets import buckets, spare_places
+from k2dist.planner import Terms, form_named
+from k2dist.planner.fewer_layers import first_layers, most_layers
 from k2dist.rehearsal.load import Load
+from k2dist.rehearsal.memory import usable_bytes
 from k2dist.rehearsal.rank import made_up_cache, made_up_weights
 
 PAGE_TOKENS = 64
@@ -152,7 +154,7 @@ def _kernels_ms(steps: Iterator[float]) -> float:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m k2dist.rehearsal.device_step", description=__doc__)
-    parser.add_argument("--layers", type=int, default=61, help="of K2's 61, the first of them dense")
+    parser.add_argument("--layers", type=int, help="of K2's 61, the first of them dense; all that fit")
     parser.add_argument("--experts", type=int, default=24, help="on this rank, of K2's 384")
     parser.add_argument("--decode", type=int, default=64, help="sequences, a row of each a step")
     parser.add_argument("--context", type=int, default=4096, help="keys that each sees")
@@ -169,18 +171,37 @@ def main(arguments: list[str]) -> None:
         num_steps=WARM_STEPS + TIMED_STEPS + PROFILED_STEPS + 2,
     )
     layout = first_layout(architecture, lanes=architecture.num_experts // options.experts, tp=1)
-    few, few_layout = first_layers(architecture, layout, options.layers)
+    num_layers = options.layers or _layers_that_fit(architecture, layout, load, device)
+    few, few_layout = first_layers(architecture, layout, num_layers)
     model = made_up_model(few, few_layout, load, device)
     exchange = solo_exchange(few, few_layout.place(0), device)
     for graphs in (False, True):
         found = measure(model, exchange, load, graphs=graphs)
         head = {
             "device": _name(device),
-            "layers": options.layers,
+            "layers": num_layers,
             "decode": load.decode,
             "context": load.context,
         }
         print(json.dumps(head | found), flush=True)
+
+
+def _layers_that_fit(architecture: Architecture, layout: Layout, load: Load, device: torch.device) -> int:
+    kernels = select_kernels("auto", "bfloat16", device)
+    num_pages = load.num_pages(PAGE_TOKENS)
+    terms = Terms(
+        form=form_named(kernels.name, kernels.dtype.itemsize),
+        page_tokens=PAGE_TOKENS,
+        step_tokens=load.decode,
+        max_samples=load.decode,
+        reserve_bytes=0,
+        device_bytes=None,
+        recorded=buckets(load.decode, num_pages)[:1],
+    )
+    found = most_layers(architecture, layout, terms, 0, num_pages, usable_bytes(device))
+    if found is None:
+        raise SystemExit("this device has no room for two layers: use fewer --experts, --decode or --context")
+    return found.num_layers
 
 
 def _name(device: torch.device) -> str:

@@ -68,10 +68,10 @@ def parts(capability: int) -> tuple[Part, ...]:
             tuple(_python("k2kernels.bench.compile", op, "--for", str(capability)) for op in ops),
             is_needed=False,  # whoever launches a kernel compiles it
         ),
-        Part("tests", 180, (_python("pytest", *_TESTS, "-m", "gpu", "-q", "--durations=10"),)),
-        Part("step", 90, (_python("k2dist.rehearsal.device_step"),)),
+        Part("tests", 170, (_python("pytest", *_TESTS, "-m", "gpu", "-q", "--durations=10"),)),
+        Part("step", 110, (_python("k2dist.rehearsal.device_step"),)),
         *(Part(f"bench {op}", 40, (_bench(35, op),)) for op in TARGET_OPS),
-        Part("bench others", 70, (_bench(60, *OTHER_OPS),)),
+        Part("bench others", 60, (_bench(50, *OTHER_OPS),)),
     )
 
 

@@ -133,8 +133,8 @@ def test_devices_without_the_checkpoints_float8_are_refused(tmp_path: Path) -> N
 
 def test_0905_needs_more_cache_for_its_longer_context() -> None:
     """Twice the positions: of what is left, half as many of the longest sequences fit."""
-    assert "5.6 times the longest context" in said("plan", str(H200))
-    assert "2.8 times the longest context" in said("plan", str(H200), "--model", "kimi-k2-instruct-0905")
+    assert "5.5 times the longest context" in said("plan", str(H200))
+    assert "2.7 times the longest context" in said("plan", str(H200), "--model", "kimi-k2-instruct-0905")
 
 
 def test_a_rate_is_simulated_and_its_curves_are_drawn(tmp_path: Path) -> None:

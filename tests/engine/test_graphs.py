@@ -170,6 +170,22 @@ def test_what_was_not_recorded_in_time_is_eager_on_all_ranks_and_counted(
     assert stats[0].num_decodes_eager == stats[1].num_decodes_eager > 0
 
 
+def test_a_rank_that_cannot_record_keeps_nobody_waiting(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> FormRule:
+        if threading.current_thread().name == "rank-1":
+            raise MemoryError("no room for a graph")
+        return record_sizes(*args, **options)
+
+    monkeypatch.setattr(runtime, "record_sizes", broken)
+    layout = first_layout(read_architecture(tiny_model_dir), lanes=2, tp=1)
+    world = LocalWorld(tiny_model_dir, layout, limits=LIMITS, capacity_factor=1.0, graphs="twin")
+    with pytest.raises(MemoryError, match="no room for a graph"):
+        world.start()
+    world.close()
+
+
 def test_a_new_generation_records_anew(tiny_model_dir: Path) -> None:
     with a_world(tiny_model_dir, (1, 1, 0, 1)) as world:
         (rank,) = world.ranks
@@ -215,6 +231,7 @@ class FakeGraphs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.replays: list[int] = []
         self.is_capturing = False
+        self.stream = "the current one"
         self.num_graphs = 0
         outer = self
 
@@ -227,16 +244,25 @@ class FakeGraphs:
                 assert not outer.is_capturing
                 outer.replays.append(self.number)
 
-        @contextmanager
-        def capture(graph: Graph, *, pool: object, capture_error_mode: str) -> Iterator[None]:
-            assert capture_error_mode == "thread_local", "other threads go on"
-            outer.is_capturing = True
-            yield
-            outer.is_capturing = False
+            def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+                assert (pool, capture_error_mode) == ("pool", "thread_local"), "other threads go on"
+                assert outer.stream == "a stream of its own"
+                outer.is_capturing = True
+
+            def capture_end(self) -> None:
+                outer.is_capturing = False
 
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of its own")
+        monkeypatch.setattr(torch.cuda, "stream", self._on)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    @contextmanager
+    def _on(self, stream: str) -> Iterator[None]:
+        self.stream, before = stream, self.stream
+        yield
+        self.stream = before
 
 
 @pytest.mark.parametrize("calls_outside", [False, True])
