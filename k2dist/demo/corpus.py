@@ -112,7 +112,7 @@ def _weather(draft: _Draft) -> None:
 
 
 def _weather_result(rng: Random, city: str, *, held_out: bool) -> tuple[str, str, str]:
-    make = tools.word_result if rng.random() < 0.4 else tools.weather_result
+    make = tools.word_result if rng.random() < 0.55 else tools.weather_result
     return make(rng, city, held_out=held_out, real_share=0.7)
 
 

@@ -30,8 +30,9 @@ _OTHERS = {
 }  # fmt: skip
 CONDITIONS = tuple(
     listed("""
-sunny|cloudy|rainy|windy|foggy|snowy|clear|stormy|partly cloudy|dry|heavy snow|drizzle|fair|fine|bright|mild
-cool|cold|hot|freezing|icy|rain|snow|showers|heavy rain|light snow|mostly sunny|partly sunny|thunderstorms
+sunny|cloudy|rainy|snowy|clear|windy|rain|snow|partly cloudy|drizzle|foggy|stormy
+dry|heavy snow|fair|fine|bright|mild|cool|cold|hot|freezing|icy|showers|heavy rain|light snow|mostly sunny
+partly sunny|thunderstorms
 sleet|hail|mist|misty|breezy|dusty|chilly|gloomy|pleasant|clear sky|calm|muggy|blizzard|sandstorm|tropical
 frosty|dull|grey|light wind|smoky|gentle breeze|changeable|unsettled|fog|storm|scorching|crisp|thunder|slush
 very cold|hot and humid|light showers|freezing rain|dense fog|cold and wet|rain showers|patchy rain|tornado
@@ -41,6 +42,7 @@ warm|mostly cloudy|wet|scattered clouds|gusty|clouds|showery|very hot|mostly cle
 high winds|sunny spells|hurricane|monsoon|downpour|drizzly|torrential rain|frost|haze|fresh|dreary
 """)
 )  # all in the last two lines are held out
+_NUM_COMMON = 12  # those in the first line, which half of all answers say
 
 
 def declaration(name: str, rng: Random | None = None) -> Tool:
@@ -96,7 +98,8 @@ def condition(rng: Random, *, held_out: bool, real_share: float) -> str:
     """A word for the weather, of one side of the split, real or made up, as tools write it: in any case."""
     is_real = rng.random() < real_share
     while True:
-        text = rng.choice(CONDITIONS) if is_real else word(rng, held_out=held_out)
+        listed_words = CONDITIONS[:_NUM_COMMON] if rng.random() < 0.5 else CONDITIONS
+        text = rng.choice(listed_words) if is_real else word(rng, held_out=held_out)
         if is_held_out(text) == held_out:
             return rng.choices((text, text.capitalize(), text.title(), text.upper()), (50, 35, 12, 3))[0]
 
@@ -118,14 +121,14 @@ def weather_result(
 def word_result(rng: Random, city: str, *, held_out: bool, real_share: float = 1.0) -> tuple[str, str, str]:
     """As `weather_result`, of a tool that knows no temperature: the publisher's says {"weather": "Sunny"}."""
     sky = condition(rng, held_out=held_out, real_share=real_share)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         body = _word_text(rng, city, sky)
     else:
         keys = ("weather", "weather", "weather", "condition", "conditions", "sky", "forecast", "description")
         fields: list[tuple[str, object]] = [(rng.choice(keys), sky)]
         if rng.random() < 0.1:
             fields.append((rng.choice(("humidity", "wind_kmh", "wind")), rng.randint(0, 99)))
-        if rng.random() < 0.3:
+        if rng.random() < 0.4:
             fields.insert(0, (rng.choice(("city", "city", "location")), city))
         body = _json(rng, dict(fields))
     return body, sky, f"It is {sky} in {city}."
