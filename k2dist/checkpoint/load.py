@@ -117,6 +117,11 @@ class CheckpointFiles:
             pool.shutdown(cancel_futures=True)  # a fault does not wait for the rest of the shard
         return {wanted.name: tensors[wanted.name] for wanted in plan.reads}
 
+    def fetch(self, plan: ShardPlan) -> None:
+        """Ask the system to have the plan's bytes in its cache soon; nobody waits, and nothing is held."""
+        for group in self._adjoining(plan.reads):
+            self._file_of[group[0].name].fetch(group[0], group[-1])
+
     def _places(
         self, reads: Sequence[TensorRead], memory: ReadMemory | None
     ) -> Iterator[tuple[list[TensorRead], Tensor]]:

@@ -71,10 +71,18 @@ class SafetensorsFile:
 
     def extent(self, wanted: TensorRead) -> tuple[int, int] | None:
         """Bytes [begin, end) of the file that are the rectangle; None: it lies in many pieces."""
-        if wanted.runs.num_runs > 1:
-            return None
-        begin = self.tensors[wanted.name].begin + wanted.runs.first
-        return begin, begin + wanted.num_bytes
+        return self._span(wanted) if wanted.runs.num_runs == 1 else None
+
+    def fetch(self, first: TensorRead, last: TensorRead) -> None:
+        """Hint that the bytes from one rectangle to the end of another will be read."""
+        begin, end = self._span(first)[0], self._span(last)[1]
+        os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _span(self, wanted: TensorRead) -> tuple[int, int]:
+        """Bytes [begin, end) from the first of the rectangle to its last."""
+        runs = wanted.runs
+        begin = self.tensors[wanted.name].begin + runs.first
+        return begin, begin + (runs.num_runs - 1) * runs.stride + runs.run_bytes
 
     def open_read(
         self, wanted: Sequence[TensorRead], memory: Tensor

@@ -1,7 +1,7 @@
 """A rank's weights from its model directory to its device, one decoder layer after another.
 
-The host never has more than two layers of what it does not keep: one is sent to where it is used and laid
-out there by the kernels, while the next one is read to where the last one was.
+The host never has more than one layer of what it does not keep: it is read to where the last one was, sent to
+where it is used, and laid out there by the kernels.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_weights(
 ) -> Weights:
     """All that `plan` reads, laid out for `kernels`.
 
-    `progress(bytes read, bytes of the part)` after each piece, from another thread. Errors: CheckpointError.
+    `progress(bytes read, bytes of the part)` after each piece. Errors: CheckpointError.
     """
     place, tp = layout.place(plan.world_rank), layout.tp
     ends: LaneWeights | None = None
@@ -60,7 +60,7 @@ def load_weights(
     experts: list[Experts] = []
     with CheckpointFiles(model_dir) as files:
         files.check(plan)
-        for number, _, tensors in read_parts(files, plan, progress):
+        for number, _, tensors in read_parts(files, plan, architecture.num_layers, progress):
             if number is None:
                 assert place.tp_rank is not None, "a rank without a lane reads no ends"
                 ends = assemble_ends(places.put(tensors), architecture, place.tp_rank, tp, kernels)

@@ -5,8 +5,8 @@
       └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer, as stored and as laid out, and the next one as stored. No other rank
-takes part.
+beyond the weights is one decoder layer as stored (or embedding and head), and some of it as laid out. No other
+rank takes part.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def self_test(
         architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens, places.device
     )
     with CheckpointFiles(model_dir) as files, torch.inference_mode():
-        for layer, part, tensors in read_parts(files, plan):
+        for layer, part, tensors in read_parts(files, plan, architecture.num_layers):
             if checker is not None:
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
             _raise(FaultyRankError, rank, test.faults(layer, places.put(tensors)))

@@ -1,4 +1,4 @@
-"""Weights stream: the host has one layer in hand, and the next one is read to where the last one was."""
+"""Weights stream: the host lets go of a layer before it reads the next one, to where that one was."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from k2dist.parallel import first_layout, shard_plan
 
 @pytest.mark.parametrize("kernels", ["reference", "native"])
 @pytest.mark.parametrize("rank", [0, 2], ids=["of a lane", "with experts alone"])
-def test_at_most_two_layers_are_held(
+def test_at_most_one_layer_is_held(
     tiny_model_dir: Path, rank: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one is laid out the next one is read, into memory that is used in turn."""
+    """Of what kernels lay out anew: linears. Norms stay, in memory of their own."""
     architecture = read_architecture(tiny_model_dir)
     layout = first_layout(architecture, lanes=1, tp=2, expert_only_ranks=1)
     plan = shard_plan(architecture, layout, rank)
@@ -35,7 +35,7 @@ def test_at_most_two_layers_are_held(
         gc.collect()
         reads.append(sum(any(ref() is not None for ref in refs) for refs in held))
         tensors: dict[str, Tensor] = read_all(files, part, *args, **named)
-        if named["memory"] is not None:  # not the ends: the embedding stays
+        if named.get("memory") is not None:  # not the ends: the embedding stays
             linears = [tensor for tensor in tensors.values() if tensor.dim() == 2]
             held.append([weakref.ref(tensor) for tensor in linears])
             blocks.update(tensor.untyped_storage().data_ptr() for tensor in linears)
@@ -48,8 +48,8 @@ def test_at_most_two_layers_are_held(
         tiny_model_dir, plan, architecture, layout, chosen, ON_CPU, lambda done, _: seen.append(done)
     )
     assert len(reads) == architecture.num_layers + (rank < 2)
-    assert max(reads) == 1, "the one in hand"
-    assert len(blocks) <= 3, "layers differ in size, so that one block may have been too small"
+    assert max(reads) == 0
+    assert len(blocks) <= 2, "layers differ in size, so that the first block may have been too small"
     assert seen == sorted(seen)
     assert seen[-1] == plan.num_bytes, "progress is of the whole shard"
     whole = assemble(load_shard(tiny_model_dir, plan), architecture, layout.place(rank), layout.tp, chosen)
