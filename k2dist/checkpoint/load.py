@@ -8,24 +8,27 @@ ranged reads                          those bytes and no others, several pieces 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 import msgspec
+import torch
 from torch import Tensor
 
 from k2dist.checkpoint.names import INDEX_NAME, SINGLE_NAME
+from k2dist.checkpoint.read_memory import ReadMemory
 from k2dist.checkpoint.safetensors_file import SafetensorsFile
 from k2dist.errors import CheckpointError
 from k2dist.parallel.files import FileMap
-from k2dist.parallel.published import SCALE_SUFFIX
+from k2dist.parallel.published import DTYPE_BYTES, SCALE_SUFFIX
 from k2dist.parallel.shard_plan import ShardPlan, TensorRead
 
 NUM_FAULTS_SHOWN = 5
 NUM_THREADS = 8  # of one rank; they wait for storage, not for a core
+ALIGNMENT = 64  # of what is read in one go, in memory: a cache line
 PIECES_AHEAD = 8  # for each thread: K2's scales are 3,584 bytes, so one piece ahead would starve it
 
 
@@ -83,9 +86,13 @@ class CheckpointFiles:
         plan: ShardPlan,
         progress: Callable[[int, int], None] | None = None,
         num_threads: int = NUM_THREADS,
+        memory: ReadMemory | None = None,
     ) -> dict[str, Tensor]:
-        """The plan's tensors, in its order. Threads share the pieces of all files, also of one tensor: one
-        thread seldom saturates a disk, and half of a small shard may be embedding and head."""
+        """The plan's tensors, in its order; in `memory` if it is given, else each in memory of its own.
+
+        Threads share the pieces of all files, also of one tensor: one thread seldom saturates a disk, and
+        half of a small shard may be embedding and head.
+        """
         num_bytes = plan.num_bytes
         tensors: dict[str, Tensor] = {}
         under_way: deque[Future[int]] = deque()
@@ -97,9 +104,9 @@ class CheckpointFiles:
 
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
         try:
-            for wanted in plan.reads:
-                assert wanted.name not in tensors, wanted.name
-                tensors[wanted.name], pieces = self._file_of[wanted.name].open_read(wanted)
+            for wanted, place in self._places(plan.reads, memory):
+                found, pieces = self._file_of[wanted[0].name].open_read(wanted, place)
+                tensors |= found
                 for fill in pieces:
                     if len(under_way) >= num_threads * PIECES_AHEAD:
                         finish_one()
@@ -108,7 +115,46 @@ class CheckpointFiles:
                 finish_one()
         finally:
             pool.shutdown(cancel_futures=True)  # a fault does not wait for the rest of the shard
-        return tensors
+        return {wanted.name: tensors[wanted.name] for wanted in plan.reads}
+
+    def fetch(self, plan: ShardPlan) -> None:
+        """Ask the system to have the plan's bytes in its cache soon; nobody waits, and nothing is held."""
+        for group in self._adjoining(plan.reads):
+            self._file_of[group[0].name].fetch(group[0], group[-1])
+
+    def _places(
+        self, reads: Sequence[TensorRead], memory: ReadMemory | None
+    ) -> Iterator[tuple[list[TensorRead], Tensor]]:
+        """What is read in one go, and to where."""
+        if memory is None:
+            for wanted in reads:
+                yield [wanted], torch.empty(wanted.num_bytes, dtype=torch.uint8)
+            return
+        groups = self._adjoining(reads)
+        sizes = [sum(wanted.num_bytes for wanted in group) for group in groups]
+        whole, place = memory.take(sum(size + -size % ALIGNMENT for size in sizes)), 0
+        for group, size in zip(groups, sizes, strict=True):
+            yield group, whole[place : place + size]
+            place += size + -size % ALIGNMENT
+
+    def _adjoining(self, reads: Iterable[TensorRead]) -> list[list[TensorRead]]:
+        """Reads whose bytes follow one another in a file: all of a layer's, on a rank that reads it whole."""
+        groups: list[list[TensorRead]] = []
+        begin = end = 0
+        last: SafetensorsFile | None = None
+        for file, wanted in sorted(
+            ((self._file_of[wanted.name], wanted) for wanted in reads),
+            key=lambda pair: (pair[0].path, pair[0].tensors[pair[1].name].begin),
+        ):
+            extent = file.extent(wanted)
+            follows = extent is not None and file is last and extent[0] == end
+            if follows and (end - begin) % DTYPE_BYTES[wanted.dtype] == 0:  # a tensor has to be aligned
+                groups[-1].append(wanted)
+            else:
+                groups.append([wanted])
+                begin = 0 if extent is None else extent[0]
+            last, end = file, -1 if extent is None else extent[1]
+        return groups
 
     def _claim(self, file: SafetensorsFile) -> None:
         for name in file.tensors:

@@ -36,9 +36,17 @@ def quantise_block_fp8(w_NK: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 def dequantise_block_fp8(q_NK: Tensor, scale_nk: Tensor, block: int = 128) -> Tensor:
     """The float32 weights that `q_NK` float8 and `scale_nk` stand for; exact but for one rounding."""
     num_rows, num_cols = q_NK.shape
-    tiles_nbkb = _tiles(q_NK.float(), block)
+    tiles_nbkb = _tiles(_float32(q_NK), block)
     w_NK = (tiles_nbkb * scale_nk[:, None, :, None]).flatten(2, 3).flatten(0, 1)
     return w_NK[:num_rows, :num_cols].contiguous()
+
+
+def _float32(q_NK: Tensor) -> Tensor:
+    """As `q_NK.float()`, which takes five times as long on a CPU: torch converts float8 one by one."""
+    if q_NK.device.type != "cpu":
+        return q_NK.float()
+    of_code_C = torch.arange(256, dtype=torch.uint8).view(q_NK.dtype).float()
+    return of_code_C.index_select(0, q_NK.view(torch.uint8).flatten().int()).view(q_NK.shape)
 
 
 def _tiles(w_NK: Tensor, block: int) -> Tensor:

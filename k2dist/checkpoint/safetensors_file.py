@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -64,32 +64,54 @@ class SafetensorsFile:
 
     def read(self, wanted: TensorRead) -> Tensor:
         """The rectangle, as a CPU tensor that owns just its bytes. No byte outside it is read."""
-        tensor, pieces = self.open_read(wanted)
+        tensors, pieces = self.open_read([wanted], torch.empty(wanted.num_bytes, dtype=torch.uint8))
         for fill in pieces:
             fill()
-        return tensor
+        return tensors[wanted.name]
 
-    def open_read(self, wanted: TensorRead) -> tuple[Tensor, Iterator[Callable[[], int]]]:
-        """The rectangle, still empty, and calls that fill it piece by piece, in any order and thread.
+    def extent(self, wanted: TensorRead) -> tuple[int, int] | None:
+        """Bytes [begin, end) of the file that are the rectangle; None: it lies in many pieces."""
+        return self._span(wanted) if wanted.runs.num_runs == 1 else None
 
-        Each call returns the bytes that it has read: about `PIECE_BYTES`. Together they read every byte once.
-        """
-        begin = self.tensors[wanted.name].begin
-        buffer = torch.empty(wanted.num_bytes, dtype=torch.uint8)
-        pieces = self._pieces(buffer.numpy().data, begin, wanted)
-        return buffer.view(TORCH_DTYPES[wanted.dtype]).view(wanted.cut_shape), pieces
+    def fetch(self, first: TensorRead, last: TensorRead) -> None:
+        """Hint that the bytes from one rectangle to the end of another will be read."""
+        begin, end = self._span(first)[0], self._span(last)[1]
+        os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
-    def _pieces(self, target: memoryview, begin: int, wanted: TensorRead) -> Iterator[Callable[[], int]]:
+    def _span(self, wanted: TensorRead) -> tuple[int, int]:
+        """Bytes [begin, end) from the first of the rectangle to its last."""
         runs = wanted.runs
+        begin = self.tensors[wanted.name].begin + runs.first
+        return begin, begin + (runs.num_runs - 1) * runs.stride + runs.run_bytes
+
+    def open_read(
+        self, wanted: Sequence[TensorRead], memory: Tensor
+    ) -> tuple[dict[str, Tensor], Iterator[Callable[[], int]]]:
+        """Rectangles in `memory`, uint8 of their bytes, and calls that fill it, in any order and thread.
+
+        One rectangle, or several of which each begins where the last one's `extent` ends. Each call returns
+        the bytes that it has read: about `PIECE_BYTES`. Together they read every byte once.
+        """
+        tensors: dict[str, Tensor] = {}
+        place = 0
+        for each in wanted:
+            part = memory[place : place + each.num_bytes]
+            tensors[each.name] = part.view(TORCH_DTYPES[each.dtype]).view(each.cut_shape)
+            place += each.num_bytes
+        return tensors, self._pieces(memory.numpy().data, wanted)
+
+    def _pieces(self, target: memoryview, wanted: Sequence[TensorRead]) -> Iterator[Callable[[], int]]:
+        name, runs, begin = wanted[0].name, wanted[0].runs, self.tensors[wanted[0].name].begin
         if runs.num_runs == 1:
-            for start in range(0, runs.run_bytes, PIECE_BYTES):
+            what = name if len(wanted) == 1 else f"{name} to {wanted[-1].name}"
+            for start in range(0, len(target), PIECE_BYTES):
                 part = target[start : start + PIECE_BYTES]
-                yield partial(self._fill_run, part, begin + runs.first + start, wanted.name)
+                yield partial(self._fill_run, part, begin + runs.first + start, what)
             return
         step = max(PIECE_BYTES // runs.stride, 1)  # a piece by its span in the file, as a disk sees it
         for start in range(0, runs.num_runs, step):
             rows = range(start, min(start + step, runs.num_runs))
-            yield partial(self._fill_rows, target, begin, wanted.name, runs, rows)
+            yield partial(self._fill_rows, target, begin, name, runs, rows)
 
     def _fill_run(self, target: memoryview, offset: int, name: str) -> int:
         self._fill(target, offset, name)

@@ -14,7 +14,7 @@ def main() -> None:
     """What the console script runs."""
     prepare_environment()
     try:
-        from k2dist.cli.app import run  # imports ray, which looks at the environment then
+        from k2dist.cli.app import run  # commands import ray, which looks at the environment then
 
         run()
     except KeyboardInterrupt:  # nothing was started yet

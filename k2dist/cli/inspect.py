@@ -16,6 +16,7 @@ import msgspec
 import typer
 
 from k2dist.cli.shown import JsonOption, print_json
+from k2dist.cli.trace import trace
 from k2dist.config import KIMI_K2, Architecture, find_architecture
 from k2dist.config.cluster import ParallelConfig
 from k2dist.config.load import load_cluster
@@ -35,6 +36,7 @@ inspect = typer.Typer(
     help="Which bytes a layout reads, without starting it; what became of a request.",
     no_args_is_help=True,
 )
+inspect.command()(trace)
 
 Config = Annotated[Path | None, typer.Argument(help="Cluster YAML; see cluster_configs/. Or give --lanes.")]
 Model = Annotated[

@@ -46,7 +46,7 @@ NUM_GENERATED = 6
 TOLERANCE = {torch.bfloat16: (0.03, 0.2), torch.float32: (1e-4, 1e-3)}
 NUM_EXPERT_ROWS = 4
 SCORE_TOLERANCE = 1e-4  # of an expert's choice: nearer ones may be taken for each other
-VOCABULARY_ROWS_AT_ONCE = 8192
+VOCABULARY_ROWS_AT_ONCE = 1024
 
 
 def layers_to_check(architecture: Architecture) -> set[int]:

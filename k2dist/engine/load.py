@@ -1,7 +1,7 @@
 """A rank's weights from its model directory to its device, one decoder layer after another.
 
-The host never has more than one layer of what it does not keep: it is read, sent to where it is used, laid
-out there by the kernels, and let go before the next one is read.
+The host never has more than one layer of what it does not keep: it is read to where the last one was, sent to
+where it is used, and laid out there by the kernels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from k2kernels import Experts, KernelSet
-from msgspec.structs import replace as replace_plan
 from torch import Tensor
 
 from k2dist.checkpoint import CheckpointFiles
 from k2dist.config import Architecture
-from k2dist.model.weights import Layer, Weights, assemble_ends, assemble_layer
+from k2dist.engine.parts import read_parts
+from k2dist.model.weights import LaneWeights, Layer, Weights, assemble_ends, assemble_layer
 from k2dist.parallel import Layout, ShardPlan
-from k2dist.planner.fewer_layers import reads_by_layer
 
 CPU = torch.device("cpu")
 
@@ -53,24 +52,22 @@ def load_weights(
 ) -> Weights:
     """All that `plan` reads, laid out for `kernels`.
 
-    `progress(bytes read, bytes of the layer)` after each piece. Errors: CheckpointError.
+    `progress(bytes read, bytes of the part)` after each piece. Errors: CheckpointError.
     """
     place, tp = layout.place(plan.world_rank), layout.tp
-    reads = reads_by_layer(plan.reads)
+    ends: LaneWeights | None = None
     layers: list[Layer] = []
     experts: list[Experts] = []
     with CheckpointFiles(model_dir) as files:
         files.check(plan)
-
-        def read(part: int | None) -> dict[str, Tensor]:
-            wanted = replace_plan(plan, reads=tuple(reads.get(part, ())), skips=())
-            return places.put(files.read_all(wanted, progress))
-
-        for number in range(architecture.num_layers):
-            layer, layer_experts = assemble_layer(read(number), architecture, place, tp, kernels, number)
+        for number, _, tensors in read_parts(files, plan, architecture.num_layers, progress):
+            if number is None:
+                assert place.tp_rank is not None, "a rank without a lane reads no ends"
+                ends = assemble_ends(places.put(tensors), architecture, place.tp_rank, tp, kernels)
+                continue
+            layer, layer_experts = assemble_layer(
+                places.put(tensors), architecture, place, tp, kernels, number
+            )
             layers += [] if layer is None else [layer]
             experts += [] if layer_experts is None else [layer_experts]
-        if place.tp_rank is None:
-            return Weights(None, tuple(experts))
-        ends = assemble_ends(read(None), architecture, place.tp_rank, tp, kernels)
-    return Weights(replace(ends, layers=tuple(layers)), tuple(experts))
+    return Weights(None if ends is None else replace(ends, layers=tuple(layers)), tuple(experts))

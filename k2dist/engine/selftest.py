@@ -5,8 +5,8 @@
       └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer, as stored and as laid out, and the next one as stored. No other rank
-takes part.
+beyond the weights is one decoder layer as stored (or embedding and head), and some of it as laid out. No other
+rank takes part.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from k2kernels import KernelSet
-from msgspec.structs import replace
 from torch import Tensor
 
 from k2dist.checkpoint import CheckpointFiles
@@ -28,16 +26,16 @@ from k2dist.config import Architecture
 from k2dist.engine.heap import release_freed_memory
 from k2dist.engine.kernel_check import KernelCheck, layers_to_check
 from k2dist.engine.load import ON_CPU, Places
+from k2dist.engine.parts import read_parts
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
 from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots
-from k2dist.parallel import Layout, RankPlace, ShardPlan, TensorRead, shard_plan
+from k2dist.parallel import Layout, RankPlace, ShardPlan, shard_plan
 
 NUM_FAULTS_SHOWN = 5
 NUM_HASH_THREADS = 4
 SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
-_LAYERS = "model.layers."
 
 
 class SelfTestReport(Message, frozen=True, kw_only=True):
@@ -77,16 +75,13 @@ def self_test(
         architecture, layout.place(world_rank), layout.tp, weights, kernels, page_tokens, places.device
     )
     with CheckpointFiles(model_dir) as files, torch.inference_mode():
-        for layer, part, tensors in _read_ahead(files, plan):
+        for layer, part, tensors in read_parts(files, plan, architecture.num_layers):
             if checker is not None:
                 _raise(CheckpointError, f"{rank}: {model_dir}", _file_faults(checker, part, tensors))
-            tensors = places.put(tensors)
-            _raise(FaultyRankError, rank, test.memory_faults(layer, tensors))
-            _raise(FaultyRankError, rank, test.kernel_faults(layer, tensors))
+            _raise(FaultyRankError, rank, test.faults(layer, places.put(tensors)))
             num_bytes_tested += part.num_bytes
             if progress is not None:
                 progress(num_bytes_tested, plan.num_bytes)
-        _raise(FaultyRankError, rank, test.head_faults())
     release_freed_memory()
     return SelfTestReport(
         num_tensors=len(plan.reads),
@@ -118,13 +113,17 @@ class _SelfTest:
         self._check = KernelCheck(architecture, place, tp, page_tokens, kernels, device)
         self._check.begin(weights.lane)
         self._layers_to_check = layers_to_check(architecture)
-        self._head: dict[str, Tensor] = {}  # its tensors, kept until the stream has come there
 
     @property
     def worst_error(self) -> float:
         return self._check.worst
 
-    def memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    def faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        """Of memory, and only where it has none of the kernels."""
+        listed = list(self._memory_faults(layer, tensors))
+        yield from listed or self._kernel_faults(layer, tensors)
+
+    def _memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         look = SecondLook(tensors, self._architecture.scale_block)
         if layer is None:
             yield from self._end_faults(look, tensors)
@@ -148,17 +147,17 @@ class _SelfTest:
                 yield from look.experts(resident, every, layer, slots)
                 return
 
-    def kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        if layer is None or layer not in self._layers_to_check:
-            return
+    def _kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         lane, experts = self._weights.lane, None
+        if layer is None:
+            assert lane is not None, "a rank without a lane reads no ends"
+            yield from self._check.head(lane, tensors)
+            return
+        if layer not in self._layers_to_check:
+            return
         if self._architecture.is_moe_layer(layer):
             experts = self._weights.experts[layer - self._architecture.first_dense_layers]
         yield from self._check.layer(layer, None if lane is None else lane.layers[layer], experts, tensors)
-
-    def head_faults(self) -> Iterator[str]:
-        if self._weights.lane is not None:
-            yield from self._check.head(self._weights.lane, self._head)
 
     def _end_faults(self, look: SecondLook, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         lane, tp_rank = self._weights.lane, self._place.tp_rank
@@ -166,34 +165,6 @@ class _SelfTest:
         assert tp_rank is not None
         again = assemble_ends(tensors, self._architecture, tp_rank, self._tp, self._kernels)
         yield from look.ends(lane, again)
-        self._head = {name: tensors[name] for name in ("model.norm.weight", "lm_head.weight")}
-
-
-def _read_ahead(
-    files: CheckpointFiles, plan: ShardPlan
-) -> Iterator[tuple[int | None, ShardPlan, dict[str, Tensor]]]:
-    """Each part of `_by_layer` with its tensors; the next one is read while this one is tested."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        parts = list(_by_layer(plan))
-        coming = reader.submit(files.read_all, parts[0][1]) if parts else None
-        for (layer, part), following in zip_longest(parts, parts[1:]):
-            assert coming is not None
-            tensors = coming.result()
-            coming = reader.submit(files.read_all, following[1]) if following else None
-            yield layer, part, tensors
-
-
-def _by_layer(plan: ShardPlan) -> Iterator[tuple[int | None, ShardPlan]]:
-    """The plan's reads of embedding, norm and head (None), then of each layer in order."""
-    by_layer: dict[int | None, list[TensorRead]] = {}
-    for read in plan.reads:
-        by_layer.setdefault(_layer_of(read.name), []).append(read)
-    for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
-        yield layer, replace(plan, reads=tuple(by_layer[layer]), skips=())
-
-
-def _layer_of(name: str) -> int | None:
-    return int(name.removeprefix(_LAYERS).split(".")[0]) if name.startswith(_LAYERS) else None
 
 
 def _file_faults(checker: ManifestChecker, part: ShardPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -178,6 +178,10 @@ class _Source:
             raise CheckpointError(f"{name}: shape {list(tensor.shape)}, this rank needs {list(shape)}")
         return tensor
 
+    def kept(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """In memory of its own: what was read lies among weights that nobody keeps."""
+        return self.take(name, *shape).to(dtype, copy=True)
+
     def weight(self, name: str, rows: int, cols: int) -> StoredWeight:
         """A linear's weight with its scales, if this model has any."""
         block = self._scale_block
@@ -229,9 +233,9 @@ def _layer(source: _Source, architecture: Architecture, layer: int, tp: int, ker
     else:
         mlp = _mlp(source, f"{prefix}mlp.", hidden, architecture.intermediate_size // tp, kernels)
     return Layer(
-        attention_norm_D=source.take(f"{prefix}input_layernorm.weight", hidden).to(kernels.dtype),
+        attention_norm_D=source.kept(f"{prefix}input_layernorm.weight", kernels.dtype, hidden),
         attention=_mla(source, architecture, f"{prefix}self_attn.", tp, kernels),
-        mlp_norm_D=source.take(f"{prefix}post_attention_layernorm.weight", hidden).to(kernels.dtype),
+        mlp_norm_D=source.kept(f"{prefix}post_attention_layernorm.weight", kernels.dtype, hidden),
         mlp=mlp,
     )
 
@@ -249,8 +253,8 @@ def _mla(source: _Source, architecture: Architecture, prefix: str, tp: int, kern
                 source.weight(f"{prefix}kv_a_proj_with_mqa", architecture.latent_dim, hidden),
             ]
         ),
-        q_norm_Q=source.take(f"{prefix}q_a_layernorm.weight", q_rank).to(kernels.dtype),
-        kv_norm_L=source.take(f"{prefix}kv_a_layernorm.weight", kv_rank).to(kernels.dtype),
+        q_norm_Q=source.kept(f"{prefix}q_a_layernorm.weight", kernels.dtype, q_rank),
+        kv_norm_L=source.kept(f"{prefix}kv_a_layernorm.weight", kernels.dtype, kv_rank),
         q_b=kernels.prepare_linear(
             [source.weight(f"{prefix}q_b_proj", heads * architecture.qk_head_dim, q_rank)]
         ),
@@ -278,8 +282,8 @@ def _mlp_parts(
 def _moe(source: _Source, architecture: Architecture, prefix: str, kernels: KernelSet) -> Moe:
     num_experts, hidden = architecture.num_experts, architecture.hidden_size
     router = Router(
-        w_ED=source.take(f"{prefix}gate.weight", num_experts, hidden).to(torch.float32),
-        bias_E=source.take(f"{prefix}gate.e_score_correction_bias", num_experts).to(torch.float32),
+        w_ED=source.kept(f"{prefix}gate.weight", torch.float32, num_experts, hidden),
+        bias_E=source.kept(f"{prefix}gate.e_score_correction_bias", torch.float32, num_experts),
     )
     shared = _mlp(source, f"{prefix}shared_experts.", hidden, architecture.shared_width, kernels)
     return Moe(router, shared)

@@ -98,30 +98,27 @@ EXPORT void k2_advise(void *memory, int64_t num_bytes) {
     madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusal costs only speed
 }
 
-// Give memory that was freed back to the system: a checkpoint's tensors lie among others that stay, and glibc
-// keeps such holes (1.1 GB of a 1.4 GB model, measured). Elsewhere nothing is done.
-EXPORT void k2_trim() {
-#if defined(__GLIBC__)
-  malloc_trim(0);
-#endif
-}
-
-// Fill `out` as K2Packed says. Panel p gets rows [row[p], row[p] + width[p]) of matrix part[p]; a matrix has
-// elements of one (fp8) or two bytes, element (n, k) at n * row_stride + k * col_stride.
-EXPORT void k2_pack(int threads, int kind, const uint8_t *const *matrix, int64_t num_inputs, int64_t row_stride,
-                    int64_t col_stride, int block, int num_panels, const int32_t *part, const int32_t *row,
-                    const int32_t *width, int64_t panel_bytes, uint8_t *out) {
-  const int64_t size = kind == K2_FP8 ? 1 : 2;
-  parallel(threads, num_panels, [&](int64_t p) {
+// Fill `out` and `out_scale` as K2Packed says, all slots in one go. Panel p gets rows [row[p], row[p] + width[p]) of
+// matrix part[p] of its slot; a matrix has elements of one (fp8) or two bytes, element (n, k) at n * row_stride +
+// k * col_stride. `scale`: of each matrix, [blocks of rows][blocks of inputs]; null: no scales.
+EXPORT void k2_pack(int threads, int kind, int num_slots, int num_parts, const uint8_t *const *matrix,
+                    const float *const *scale, int64_t num_inputs, int64_t row_stride, int64_t col_stride, int block,
+                    int num_panels, const int32_t *part, const int32_t *row, const int32_t *width,
+                    int64_t panel_bytes, uint8_t *out, float *out_scale) {
+  const int64_t size = kind == K2_FP8 ? 1 : 2, num_blocks = (num_inputs + block - 1) / block;
+  parallel(threads, int64_t(num_slots) * num_panels, [&](int64_t i) {
+    const int64_t slot = i / num_panels, p = i % num_panels, which = slot * num_parts + part[p];
     const int64_t group = p / kPanels * kPanels, panels = num_panels - group < kPanels ? num_panels - group : kPanels;
-    uint8_t *to = out + group * panel_bytes;
+    const uint8_t *rows = matrix[which] + row[p] * row_stride * size;
+    uint8_t *to = out + (slot * num_panels + group) * panel_bytes;
     for (int64_t begin = 0; begin < num_inputs; begin += block) {
       const int64_t end = begin + block < num_inputs ? begin + block : num_inputs;
       const int64_t block_bytes = (end - begin + 31) / 32 * 32 * 16 * size;
-      pack_block(kind, matrix[part[p]] + row[p] * row_stride * size, row_stride, col_stride, begin, end, width[p],
-                 block_bytes, to + (p - group) * block_bytes);
+      pack_block(kind, rows, row_stride, col_stride, begin, end, width[p], block_bytes, to + (p - group) * block_bytes);
       to += panels * block_bytes;
     }
+    if (scale)
+      memcpy(out_scale + i * num_blocks, scale[which] + row[p] / block * num_blocks, size_t(num_blocks) * sizeof(float));
   });
 }
 }

@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -190,10 +190,10 @@ def test_a_fault_ends_the_reading_at_once(
     open_read = SafetensorsFile.open_read
 
     def open_slow_read(
-        file: SafetensorsFile, wanted: TensorRead
-    ) -> tuple[Tensor, Iterator[Callable[[], int]]]:
-        tensor, pieces = open_read(file, wanted)
-        return tensor, (partial(slowly, fill, wanted.name) for fill in pieces)
+        file: SafetensorsFile, wanted: Sequence[TensorRead], memory: Tensor
+    ) -> tuple[dict[str, Tensor], Iterator[Callable[[], int]]]:
+        tensors, pieces = open_read(file, wanted, memory)
+        return tensors, (partial(slowly, fill, wanted[0].name) for fill in pieces)
 
     def slowly(fill: Callable[[], int], name: str) -> int:
         started.append(name)

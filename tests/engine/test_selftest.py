@@ -187,8 +187,8 @@ def spoiling(spoil: Spoil) -> type[CheckpointFiles]:
     """Files of which world rank 1 reads something else: where it loads, not where it looks again."""
 
     class Spoiling(CheckpointFiles):
-        def read_all(self, plan: ShardPlan, *more: Any) -> dict[str, Tensor]:
-            tensors = super().read_all(plan, *more)
+        def read_all(self, plan: ShardPlan, *more: Any, **named: Any) -> dict[str, Tensor]:
+            tensors = super().read_all(plan, *more, **named)
             if plan.world_rank == 1:
                 with contextlib.suppress(KeyError):  # it is of another layer
                     spoil(tensors)

@@ -49,4 +49,4 @@ def _kept(w: StoredWeight) -> StoredWeight:
 
 
 def _turned(w: StoredWeight) -> StoredWeight:
-    return StoredWeight(w.w_NK.T, None if w.scale_nk is None else w.scale_nk.T, w.block)
+    return StoredWeight(w.w_NK.T, None if w.scale_nk is None else w.scale_nk.T.contiguous(), w.block)

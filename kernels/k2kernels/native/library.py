@@ -202,7 +202,6 @@ class Library:
     isas: dict[str, Isa]
     pack: Any
     advise: Any
-    trim: Any
 
     @property
     def best(self) -> Isa:
@@ -228,12 +227,10 @@ def load() -> Library:
         raise NoNativeKernelsError(f"{path} cannot be loaded on {sys.platform}: {error}") from error
     shared.k2_build.restype = ctypes.c_char_p
     shared.k2_ops.restype = POINTER(_OpsTable)
-    shared.k2_pack.argtypes = (_I, _I, _P, _L, _L, _L, _I, _I, _P, _P, _P, _L, _P)
+    shared.k2_pack.argtypes = (_I, _I, _I, _I, _P, _P, _L, _L, _L, _I, _I, _P, _P, _P, _L, _P, _P)
     shared.k2_pack.restype = None
     shared.k2_advise.argtypes = (_P, _L)
     shared.k2_advise.restype = None
-    shared.k2_trim.argtypes = ()
-    shared.k2_trim.restype = None
     mask = shared.k2_isas()
     isas = {}
     for number, name in enumerate(ISAS):
@@ -242,7 +239,7 @@ def load() -> Library:
             isas[name] = Isa(name, _functions(table.contents))
     if not isas:
         raise NoNativeKernelsError("this processor has no AVX2")
-    return Library(shared.k2_build().decode(), isas, shared.k2_pack, shared.k2_advise, shared.k2_trim)
+    return Library(shared.k2_build().decode(), isas, shared.k2_pack, shared.k2_advise)
 
 
 def _functions(table: _OpsTable) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from k2kernels.native.library import BF16, FP8, Packed, load
 
 PANEL = 16
 BLOCK = 128  # of inputs, where no scale sets it
-TRIM_BYTES = 16 * 2**20  # of a weight; trimming takes milliseconds, and most weights are small
 BLOCK_MAX = 128  # what a kernel's scratch holds of a panel
 
 
@@ -98,7 +97,7 @@ def pack_slots(
 ) -> PackedLinear:
     """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes.
 
-    Where weights have scales, activations are quantised alike unless said.
+    Where weights have scales, activations are quantised alike unless said. What is returned shares no memory with the parts.
     """
     if not slots:
         return _empty(num_outputs)
@@ -108,69 +107,62 @@ def pack_slots(
     assert block <= BLOCK_MAX, f"scale blocks of {block}: the native kernels take at most {BLOCK_MAX}"
     rows, num_inputs = [len(part.w_NK) for part in first], first[0].w_NK.shape[1]
     assert sum(rows) == num_outputs, f"{sum(rows)} outputs, not {num_outputs}"
+    for parts in slots:
+        _check_alike(parts, first)
     panels = _Panels.of(rows, block)
     num_panels, num_blocks = len(panels.row), -(-num_inputs // block)
     depth = sum(-(-min(block, num_inputs - k) // 32) * 32 for k in range(0, num_inputs, block))
     panel_bytes = depth * PANEL * (1 if scaled else 2)
-    if len(slots) * num_panels * panel_bytes >= TRIM_BYTES:
-        load().trim()  # what was packed before this has been freed by now
     data = torch.empty(len(slots), num_panels * panel_bytes, dtype=torch.uint8)
     load().advise(data.data_ptr(), data.nbytes)
     scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
-    for s, parts in enumerate(slots):
-        assert [tuple(part.w_NK.shape) for part in parts] == [(n, num_inputs) for n in rows], "slots differ"
-        assert all(part.block == first[0].block for part in parts), "parts of one linear are quantised alike"
-        matrices = [part.w_NK for part in parts]
-        _pack_parts(matrices, block, panels, panel_bytes, data[s], threads, is_fp8=scaled)
-        if scale is not None:
-            for number, part in enumerate(parts):
-                mine = torch.from_numpy(panels.part == number)
-                scale[s, mine] = _panel_scales(part, panels.row[panels.part == number])
-    act_block = first[0].block if are_acts_quantised else None
-    return _finished(data, scale, act_block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels)
-
-
-def _pack_parts(
-    parts: Sequence[Tensor],
-    block: int,
-    panels: _Panels,
-    panel_bytes: int,
-    out: Tensor,
-    threads: int,
-    *,
-    is_fp8: bool,
-) -> None:
-    wanted = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
-    for part in parts:
-        assert part.dtype == wanted, f"a weight of {part.dtype}, expected {wanted}"
-        assert part.stride() == parts[0].stride(), "parts of one linear lie alike"
-    matrices = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
     load().pack(
         threads,
-        FP8 if is_fp8 else BF16,
-        matrices,
-        parts[0].shape[1],
-        *parts[0].stride(),
+        FP8 if scaled else BF16,
+        len(slots),
+        len(first),
+        _pointers([part.w_NK for parts in slots for part in parts]),
+        _pointers([part.scale_nk for parts in slots for part in parts if part.scale_nk is not None]),
+        num_inputs,
+        *first[0].w_NK.stride(),
         block,
-        len(panels.row),
+        num_panels,
         panels.part.ctypes.data,
         panels.row.ctypes.data,
         panels.width.ctypes.data,
         panel_bytes,
-        out.data_ptr(),
+        data.data_ptr(),
+        None if scale is None else scale.data_ptr(),
     )
+    act_block = first[0].block if are_acts_quantised else None
+    return _finished(data, scale, act_block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels)
 
 
-def _panel_scales(part: StoredWeight, row_P: np.ndarray) -> Tensor:
-    """[P, k]: of the block that each panel lies in."""
-    assert part.scale_nk is not None
-    assert part.block is not None
-    (num_rows, num_cols), block = part.w_NK.shape, part.block
-    expected = (-(-num_rows // block), -(-num_cols // block))
-    assert tuple(part.scale_nk.shape) == expected, (
-        f"scales {list(part.scale_nk.shape)} for a weight [{num_rows}, {num_cols}] in blocks of {block}"
-    )
-    return part.scale_nk[torch.from_numpy(row_P.astype(np.int64)) // block].float()
+def _check_alike(parts: Sequence[StoredWeight], first: Sequence[StoredWeight]) -> None:
+    """What one call takes: `parts` with the shapes of `first`, and all lying alike."""
+    block, stride = first[0].block, first[0].w_NK.stride()
+    wanted = torch.bfloat16 if block is None else torch.float8_e4m3fn
+    assert [part.w_NK.shape for part in parts] == [part.w_NK.shape for part in first], "slots differ"
+    for part in parts:
+        w_NK, scale_nk = part.w_NK, part.scale_nk
+        assert part.block == block, "parts of one linear are quantised alike"
+        assert w_NK.dtype == wanted, f"a weight of {w_NK.dtype}, expected {wanted}"
+        assert w_NK.stride() == stride, "parts of one linear lie alike"
+        if scale_nk is None or block is None:
+            continue
+        num_blocks = tuple(-(-size // block) for size in w_NK.shape)
+        assert scale_nk.shape == num_blocks, (
+            f"scales {list(scale_nk.shape)} for a weight {list(w_NK.shape)} in blocks of {block}"
+        )
+        assert scale_nk.dtype == torch.float32, f"scales of {scale_nk.dtype}, expected float32"
+        assert scale_nk.is_contiguous(), "scales are read row after row"
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p] | None:
+    """None: there are none."""
+    if not tensors:
+        return None
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _finished(
