@@ -145,7 +145,12 @@ def _look_away(name: str, h_tD: Tensor) -> None:
 
 
 def _embed(weights: LaneWeights, step: LaneStep) -> Tensor:
-    """Each rank gives the rows of its vocabulary slice and zeros for the others: [t, D]."""
+    """Each rank gives the rows of its vocabulary slice and zeros for the others: [t, D].
+
+    Alone it has all rows: eight small calls of torch are 0.2 ms of a decode step on a CPU.
+    """
+    if step.lane.size == 1:
+        return weights.embed_vD[step.batch.token_T]
     local_T = step.batch.token_T - weights.first_token
     is_here_T = (local_T >= 0) & (local_T < len(weights.embed_vD))
     partial_TD = weights.embed_vD[local_T.masked_fill(~is_here_T, 0)].float()

@@ -129,7 +129,7 @@ WholeAttention: TypeAlias = Callable[
     [Tensor, AttentionWeights, GeneratedRows, Tensor, Tensor, Tensor, float, float], Tensor
 ]
 # Of the stream [T, D], which is used up, weights, the experts of each layer that has some and every expert's
-# slot there, rows, caches and numbers: the last layer's stream, normed, and the pairs of each slot, as of moe.
+# slot there, rows, caches and numbers: the last stream, normed, and the pairs of each slot, as of moe.
 WholeLayers: TypeAlias = Callable[
     [Tensor, StackWeights, Sequence[MlpWeights], Sequence[Tensor], GeneratedRows, Latents, Numbers],
     tuple[Tensor, Sequence[Tensor]],

@@ -11,6 +11,18 @@
 constexpr int kTileKeys = 64;
 constexpr int kLanes = 16;
 
+// What the next tile reads: fetched part by part while this one is computed, so that memory is not left waiting.
+struct Ahead {
+  const uint8_t *data;
+  int64_t num_bytes;
+
+  void fetch(int64_t part, int64_t part_bytes) const {
+    const int64_t end = least((part + 1) * part_bytes, num_bytes);
+    for (int64_t at = part * part_bytes; at < end; at += 64)
+      _mm_prefetch((const char *)data + at, _MM_HINT_T1);
+  }
+};
+
 // -- queries, keys and values as the instruction reads them ----------------------------------------------------
 //
 //              queries of 16 lanes               keys of a tile       values of a tile
@@ -84,7 +96,7 @@ static inline void score_tile(const Query *q, const Key *keys, int width, float 
 
 // sum[lane][V] = sum * shrink[lane] + share^T values, of `num_lanes` lanes.
 static inline void add_values(const float *share, const Value *values, int width, const float *shrink,
-                              int num_lanes, float *sum) {
+                              int num_lanes, Ahead ahead, float *sum) {
   alignas(64) bf16 high[kLanes * kTileKeys], low[kLanes * kTileKeys];
   for (int k = 0; k < kTileKeys; k += 16) {
     __m512 row[16];
@@ -98,7 +110,9 @@ static inline void add_values(const float *share, const Value *values, int width
   alignas(64) float c[2][256];
   tile_load<4>(high, 128), tile_load<5>(high + 32, 128);
   tile_load<2>(low, 128), tile_load<3>(low + 32, 128);
+  const int64_t part_bytes = round_up(ahead.num_bytes / (width / 16) + 1, 64);
   for (int v = 0; v < width; v += 16, values += kTileKeys * 16) {
+    ahead.fetch(v / 16, part_bytes);
     float *to = c[(v / 16) & 1];
     tile_load<6>(values, 64), tile_load<7>(values + 512, 64);
     tile_zero<0>();
@@ -146,8 +160,10 @@ static inline void score_tile(const Query *q, const Key *keys, int width, float 
 }
 
 static inline void add_values(const float *share, const Value *values, int width, const float *shrink,
-                              int num_lanes, float *sum) {
-  for (int lane = 0; lane < num_lanes; lane++)
+                              int num_lanes, Ahead ahead, float *sum) {
+  const int64_t part_bytes = round_up(ahead.num_bytes / num_lanes + 1, 64);
+  for (int lane = 0; lane < num_lanes; lane++) {
+    ahead.fetch(lane, part_bytes);
     for (int v = 0; v < width; v += 64) {
       const int n = width - v < 64 ? (width - v) / 16 : 4;
       Vec c[4] = {zero(), zero(), zero(), zero()};
@@ -161,6 +177,7 @@ static inline void add_values(const float *share, const Value *values, int width
         store(at, fma(load(at), set1(shrink[lane]), c[i]));
       }
     }
+  }
 }
 
 #endif
@@ -183,7 +200,7 @@ static inline void clear(Lanes &lanes, int value_width) {
 
 // Take in one tile. limit[lane]: how many of its 64 keys the lane sees, from the first on.
 static inline void attend_tile(const Query *q, const Key *keys, int width, const Value *values, int value_width,
-                               const int *limit, float scale, int num_lanes, Lanes &lanes) {
+                               const int *limit, float scale, int num_lanes, Ahead ahead, Lanes &lanes) {
   alignas(64) float score[kTileKeys * kLanes];
   alignas(64) float shrink[kLanes];
   score_tile(q, keys, width, score);
@@ -213,7 +230,7 @@ static inline void attend_tile(const Query *q, const Key *keys, int width, const
   store(shrink, by_before);
   store(lanes.m, m);
   store(lanes.l, fma(load(lanes.l), by_before, total));
-  add_values(score, values, value_width, shrink, num_lanes, lanes.sum);
+  add_values(score, values, value_width, shrink, num_lanes, ahead, lanes.sum);
 }
 
 // Queries of 16 lanes, `n` values each; lanes that are not there are zeros. `width`: n, padded.

@@ -37,6 +37,29 @@ template <class Put> static inline float quantise_group(const bf16 *x, int64_t n
   return scale;
 }
 
+// Pieces of one scratch: `take` them twice in the same order, first to see how much memory they want.
+struct Pieces {
+  uint8_t *memory = nullptr;
+  size_t used = 0;
+  template <class T> T *take(int64_t count) {
+    T *piece = (T *)(memory + used);
+    used += size_t(round_up(count * int64_t(sizeof(T)), 64));
+    return piece;
+  }
+};
+
+template <class Take> static inline void take_pieces(int which, const Take &take) {
+  Pieces pieces;
+  take(pieces);
+  pieces.memory = (uint8_t *)k2_scratch(which, pieces.used);
+  pieces.used = 0;
+  take(pieces);
+}
+
+static inline K2Rows bf16_rows(const bf16 *x, int64_t num_rows, int64_t stride) {
+  return {K2_ROWS_BF16, num_rows, stride * 2, (const uint8_t *)x, 0, nullptr, nullptr};
+}
+
 // Row `to` of `laid` from row `i` of `rows`, as weights `w` take it.
 static void lay_row(const K2Packed *w, const K2Rows *rows, int64_t i, const Laid &laid, int64_t to) {
   const int64_t number = rows->index ? rows->index[i] : i;

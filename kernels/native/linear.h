@@ -134,30 +134,69 @@ static void inner_task(const K2Packed *w, int64_t slot, int group, const Laid &l
     }
 }
 
-// Of rows that are laid out for `gate_up` already. y: contiguous, rows as of `linear`.
-static void mlp_laid(int threads, const K2Packed *gate_up, const K2Packed *down, int64_t num_slots,
-                     const int64_t *counts, const Laid &laid, void *y, int out_kind) {
-  const int64_t width = down->num_inputs, num_parts = count_parts(num_slots, counts);
-  const size_t part_bytes = size_t(round_up(num_parts * int64_t(sizeof(Part)), 64));
-  uint8_t *memory = (uint8_t *)k2_scratch(K2_SCRATCH_INNER, part_bytes + size_t(laid.rows * width) * 2);
-  Part *parts = (Part *)memory;
-  bf16 *inner = (bf16 *)(memory + part_bytes);
-  put_parts(num_slots, counts, parts);
-  const int64_t inner_groups = (gate_up->num_panels + kPanels - 1) / kPanels;
-  parallel(threads, num_parts * inner_groups, [&](int64_t task) {
-    const Part &p = parts[task / inner_groups];
-    inner_task(gate_up, p.slot, int(task % inner_groups), laid, p.first, p.num_rows, inner, width);
+// One MLP of many slots, whose rows are laid out for `gate_up`. y: contiguous, rows as of `linear`.
+struct Mlp {
+  const K2Packed *gate_up, *down;
+  int64_t num_slots;
+  const int64_t *counts;
+  Laid laid;
+  void *y;
+  int out_kind;
+  // From here on of `mlps_laid`.
+  int64_t num_parts = 0;
+  Part *parts = nullptr;
+  bf16 *inner = nullptr;
+  Laid inner_laid = {};
+
+  int64_t num_inner_tasks() const { return num_parts * ((gate_up->num_panels + kPanels - 1) / kPanels); }
+  int64_t num_lay_tasks() const { return (laid.rows + kLayRows - 1) / kLayRows; }
+  int64_t num_out_tasks() const { return num_parts * ((down->num_panels + kPanels - 1) / kPanels); }
+
+  void inner_task_of(int64_t task) {
+    const Part &p = parts[task / (num_inner_tasks() / num_parts)];
+    const int group = int(task % (num_inner_tasks() / num_parts));
+    inner_task(gate_up, p.slot, group, laid, p.first, p.num_rows, inner, down->num_inputs);
+  }
+  void lay_task_of(int64_t task) {
+    const K2Rows rows = bf16_rows(inner, laid.rows, down->num_inputs);
+    for (int64_t i = task * kLayRows; i < least((task + 1) * kLayRows, laid.rows); i++)
+      lay_row(down, &rows, i, inner_laid, i);
+  }
+  void out_task_of(int64_t task) {
+    const Part &p = parts[task / (num_out_tasks() / num_parts)];
+    const int group = int(task % (num_out_tasks() / num_parts));
+    linear_task(down, p.slot, group, inner_laid, p.first, p.num_rows, y, out_kind, down->num_outputs);
+  }
+};
+
+// All tasks of one kind of up to two MLPs, as one job: fewer waits for the last thread.
+static void run_mlps(int threads, Mlp *mlps, int num_mlps, int64_t (Mlp::*count)() const, void (Mlp::*run)(int64_t)) {
+  const int64_t first = (mlps[0].*count)(), second = num_mlps > 1 ? (mlps[1].*count)() : 0;
+  parallel(threads, first + second, [&](int64_t task) {
+    task < first ? (mlps[0].*run)(task) : (mlps[1].*run)(task - first);
   });
-  const K2Rows inner_rows = {K2_ROWS_BF16, laid.rows, width * 2, (const uint8_t *)inner, 0, nullptr, nullptr};
-  const Laid again = lay(threads, down, &inner_rows, K2_SCRATCH_INNER_ROWS);
-  const int64_t groups = (down->num_panels + kPanels - 1) / kPanels;
-  parallel(threads, num_parts * groups, [&](int64_t task) {
-    const Part &p = parts[task / groups];
-    linear_task(down, p.slot, int(task % groups), again, p.first, p.num_rows, y, out_kind, down->num_outputs);
+}
+
+static void mlps_laid(int threads, Mlp *mlps, int num_mlps) {
+  take_pieces(K2_SCRATCH_INNER, [&](Pieces &pieces) {
+    for (int i = 0; i < num_mlps; i++) {
+      Mlp &m = mlps[i];
+      m.num_parts = count_parts(m.num_slots, m.counts);
+      m.parts = pieces.take<Part>(m.num_parts);
+      m.inner = pieces.take<bf16>(m.laid.rows * m.down->num_inputs);
+    }
   });
+  for (int i = 0; i < num_mlps; i++) {
+    put_parts(mlps[i].num_slots, mlps[i].counts, mlps[i].parts);
+    mlps[i].inner_laid = laid_out(mlps[i].down, mlps[i].laid.rows, K2_SCRATCH_INNER_ROWS + i);
+  }
+  run_mlps(threads, mlps, num_mlps, &Mlp::num_inner_tasks, &Mlp::inner_task_of);
+  run_mlps(threads, mlps, num_mlps, &Mlp::num_lay_tasks, &Mlp::lay_task_of);
+  run_mlps(threads, mlps, num_mlps, &Mlp::num_out_tasks, &Mlp::out_task_of);
 }
 
 static void mlp(int threads, const K2Packed *gate_up, const K2Packed *down, int64_t num_slots,
                 const int64_t *counts, const K2Rows *rows, void *y, int out_kind) {
-  mlp_laid(threads, gate_up, down, num_slots, counts, lay(threads, gate_up, rows, K2_SCRATCH_ROWS), y, out_kind);
+  Mlp one = {gate_up, down, num_slots, counts, lay(threads, gate_up, rows, K2_SCRATCH_ROWS), y, out_kind};
+  mlps_laid(threads, &one, 1);
 }

@@ -27,6 +27,14 @@ static inline const Key *tile_of(const K2Decode &d, const int64_t *pages, int64_
   return copy;
 }
 
+// The tile after the one at `first`, as far as it lies in one page.
+static inline Ahead tile_after(const K2Decode &d, const int64_t *pages, int64_t first, int64_t end) {
+  const int64_t next = first + kTileKeys, in_page = d.cache.page_tokens - next % d.cache.page_tokens;
+  if (next >= end)
+    return {};
+  return {(const uint8_t *)cached(d.cache, pages, next), least(least(kTileKeys, end - next), in_page) * d.cache.width * 2};
+}
+
 // One chunk of keys of one row, all heads.
 static void decode_chunk(const K2Decode &d, int64_t row, int64_t chunk, float *partial) {
   const int width = int(round_up(d.cache.width, 32)), value_width = int(round_up(d.latent_width, 16));
@@ -60,7 +68,7 @@ static void decode_chunk(const K2Decode &d, int64_t row, int64_t chunk, float *p
       for (int i = 0; i < kLanes; i++)
         limit[i] = i < lanes_of(g) ? num_keys : 0;
       attend_tile(queries + g * width * kLanes, keys, width, values, value_width, limit, d.scale, lanes_of(g),
-                  lanes[g]);
+                  g ? Ahead{} : tile_after(d, pages, first, end), lanes[g]);
     }
   }
   end_attention();

@@ -49,7 +49,7 @@ static void prompt_task(const K2Prefill &a, int64_t head, int64_t first, const K
       limit[i] = int(seen < 0 ? 0 : least(kTileKeys, seen));
     }
     attend_tile(q, keys + begin * width, width, values + begin * value_width, value_width, limit, a.scale, num_lanes,
-                lanes);
+                Ahead{}, lanes);
   }
   end_attention();
   for (int i = 0; i < num_lanes; i++)

@@ -17,7 +17,8 @@ enum {
   K2_SCRATCH_WHOLE,  // what a whole half layer keeps between its steps
   K2_SCRATCH_PAIRS,
   K2_SCRATCH_ROWS,
-  K2_SCRATCH_INNER_ROWS,
+  K2_SCRATCH_INNER_ROWS, // of two MLPs
+  K2_SCRATCH_INNER_ROWS_2,
   K2_SCRATCH_INNER,
   K2_SCRATCH_PLACES,
   K2_SCRATCH_SUMS,

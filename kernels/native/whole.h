@@ -1,29 +1,6 @@
 // Half layers and whole ones in one call: the steps, as one after the other would give them.
 #pragma once
 
-// Pieces of one scratch: `take` them twice in the same order, first to see how much memory they want.
-struct Pieces {
-  uint8_t *memory = nullptr;
-  size_t used = 0;
-  template <class T> T *take(int64_t count) {
-    T *piece = (T *)(memory + used);
-    used += size_t(round_up(count * int64_t(sizeof(T)), 64));
-    return piece;
-  }
-};
-
-template <class Take> static inline void take_pieces(int which, const Take &take) {
-  Pieces pieces;
-  take(pieces);
-  pieces.memory = (uint8_t *)k2_scratch(which, pieces.used);
-  pieces.used = 0;
-  take(pieces);
-}
-
-static inline K2Rows bf16_rows(const bf16 *x, int64_t num_rows, int64_t stride) {
-  return {K2_ROWS_BF16, num_rows, stride * 2, (const uint8_t *)x, 0, nullptr, nullptr};
-}
-
 // Columns of `a`: query latent, latent, rotary key. All in place but for the cache.
 static void norm_and_store(int threads, const K2Attention &w, const K2Generated &g, bf16 *a, bf16 *cache) {
   const int64_t width = w.latent + w.rope, stride = w.q_rank + width, pairs = w.rope / 2;
@@ -105,10 +82,11 @@ static void moe(int threads, const K2Moe *args, const bf16 *x, int64_t num_rows,
   router_topk(threads, logit, w.bias, num_rows, w.num_experts, &w.rule, expert, weight);
   sort_pairs(w, num_rows, expert, counts, next, home, row);
   const K2Rows rows = bf16_rows(x, num_rows, x_stride);
-  mlp(threads, w.shared_gate_up, w.shared_down, 1, &num_rows, &rows, shared, K2_OUT_F32);
-  const Laid one = lay(threads, w.gate_up, &rows, K2_SCRATCH_ROWS);
+  const Laid one = lay(threads, w.gate_up, &rows, K2_SCRATCH_ROWS); // the shared expert takes them alike
   const Laid laid = lay_again(threads, w.gate_up, one, row, num_rows * top_k, K2_SCRATCH_PAIRS);
-  mlp_laid(threads, w.gate_up, w.down, w.num_slots, counts, laid, out, K2_OUT_BF16);
+  Mlp mlps[] = {{w.gate_up, w.down, w.num_slots, counts, laid, out, K2_OUT_BF16},
+                {w.shared_gate_up, w.shared_down, 1, &num_rows, one, shared, K2_OUT_F32}};
+  mlps_laid(threads, mlps, 2);
   weighted_sum_of(threads, out, home, weight, shared, num_rows, top_k, width, y, K2_OUT_BF16);
 }
 

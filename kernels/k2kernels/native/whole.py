@@ -224,6 +224,7 @@ def _moe(router: RouterWeights, rule: Rule, shared: MlpWeights, experts: MlpWeig
     num_experts = check(router.w_ED, "w", torch.float32, 2).shape[0]
     assert width == experts.gate_up.num_inputs == router.w_ED.shape[1], f"x has {width} columns"
     assert width == shared.gate_up.num_inputs == shared.down.num_outputs == experts.down.num_outputs
+    assert shared.gate_up.block == experts.gate_up.block, "shared expert and experts take rows alike"
     return MoeArgs(
         shared_gate_up=shared.gate_up.packed.pointer,
         shared_down=shared.down.packed.pointer,
