@@ -97,7 +97,8 @@ def pack_slots(
 ) -> PackedLinear:
     """`slots[s]`: the parts of slot s, whose outputs follow one another. All slots have the same shapes.
 
-    Where weights have scales, activations are quantised alike unless said. What is returned shares no memory with the parts.
+    Where weights have scales, activations are quantised alike unless said. What is returned shares no memory
+    with the parts.
     """
     if not slots:
         return _empty(num_outputs)
