@@ -230,7 +230,9 @@ class Grammars:
                         place = f"{tool.name}: parameters"
                         placed = self._placed(str(tool.parameters), own_fault, partial(_alone, tool))
                         return f"{place}: {placed}; or declare it with strict: false"
-                return fault if text_constraint is None else self._explained(text_constraint, fault)
+                if text_constraint is not None and (own_fault := self._fault(text_constraint)):
+                    return self._explained(text_constraint, own_fault)
+                return fault
             case _:
                 return _PLACE.sub("", fault)
 

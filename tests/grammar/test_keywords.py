@@ -173,12 +173,13 @@ def test_an_annotation_changes_nothing(keyword: str, bytes_grammars: Grammars) -
 
 @pytest.mark.parametrize(("schema", "keyword"), REFUSED, ids=lambda value: json.dumps(value)[:60])
 def test_it_is_refused_with_its_place(schema: dict[str, Any], keyword: str, bytes_grammars: Grammars) -> None:
-    """Wherever it stands, and in the arguments of a tool as well."""
+    """Wherever it stands, in the arguments of a tool, and in an answer that may call one."""
     whole = {key: schema[key] for key in ("$defs", "a") if key in schema}  # what pointers go to
     part = {key: value for key, value in schema.items() if key not in whole}
     deep = json.dumps({"type": "object", "properties": {"deep": part}, "required": ["deep"], **whole})
     tools = (CallableTool(name="good"), CallableTool(name="bad", parameters=deep))
-    constraints: list[Constraint] = [JsonSchema(schema=deep), ToolCalls(tools=tools)]
+    text = JsonSchema(schema=deep)
+    constraints: list[Constraint] = [text, ToolCalls(tools=tools), ToolCalls(tools=tools[:1], text=text)]
     for constraint in constraints:
         with pytest.raises(RequestError, match="cannot be enforced: ") as caught:
             bytes_grammars.check(constraint)
