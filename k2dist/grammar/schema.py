@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from math import lcm
+from math import inf, lcm
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
@@ -69,7 +69,7 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
         _ease_(part)
         _tighten_(part)
         multiple = part.get("multipleOf")
-        if isinstance(multiple, int | float) and multiple > 0:
+        if isinstance(multiple, int | float) and multiple is not True and 0 < multiple < inf:
             multiples.append(multiple)
     _check_multiples(multiples)
     return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)

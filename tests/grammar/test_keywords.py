@@ -129,21 +129,39 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def keywords(schema: dict[str, Any]) -> set[str]:
-    inner = [part for value in schema.values() for part in (value if isinstance(value, list) else [value])]
-    return {*schema, *(word for part in inner if isinstance(part, dict) for word in keywords(part))}
-
-
-def test_no_keyword_is_missing_here() -> None:
+def standard_keywords() -> set[str]:
     contents = jsonschema_specifications.REGISTRY.contents
-    all_of_them: set[str] = {
+    return {
         keyword
         for name in VOCABULARIES
         for keyword in contents(f"https://json-schema.org/draft/2020-12/meta/{name}")["properties"]
     }
-    tried = [schema for schema, *_ in (*KEPT, *REFUSED)]
-    assert all_of_them | EARLIER <= {*ANNOTATIONS, *(word for schema in tried for word in keywords(schema))}
-    assert len(all_of_them) > 50
+
+
+def inner_keywords(schema: dict[str, Any]) -> set[str]:
+    inner = [part for value in schema.values() for part in (value if isinstance(value, list) else [value])]
+    deeper = (word for part in inner if isinstance(part, dict) for word in inner_keywords(part))
+    return {*schema, *deeper}
+
+
+def test_no_keyword_is_missing_here() -> None:
+    tried = {word for schema, *_ in (*KEPT, *REFUSED) for word in inner_keywords(schema)}
+    assert standard_keywords() | EARLIER <= {*ANNOTATIONS, *tried}
+    assert len(standard_keywords()) > 50
+
+
+STRANGE = ["null", "true", "-1", "1.5", "1e400", "1e30", '"#"', "[]", "{}", "[[null]]", '{"": {"a": null}}']
+STRANGE += ['"\\ud800"', '["\\u0000"]']
+
+
+@pytest.mark.parametrize("keyword", sorted(standard_keywords() | EARLIER))
+def test_strange_values_are_taken_or_refused(keyword: str, bytes_grammars: Grammars) -> None:
+    for value in STRANGE:
+        schema = f'{{"items": {{"{keyword}": {value}}}, "{keyword}": {value}}}'
+        try:
+            bytes_grammars.check(JsonSchema(schema=schema))
+        except RequestError as error:
+            str(error).encode()
 
 
 def takes(grammars: Grammars, schema: dict[str, Any], text: str) -> bool:
