@@ -20,7 +20,7 @@ from k2dist.grammar.write import mask_bytes, write_grammar
 from k2dist.messages import CallableTool, Constraint, JsonSchema, Lark, ToolCalls
 from k2dist.text.tokenizer import PATTERN, Tokenizer
 
-# Lower than llguidance's own: the lexer's states (250,000 there; 0.5 kB each, for as long as the grammar is kept),
+# Lower than llguidance's own: the lexer's states (250,000; 0.5 kB each, for as long as the grammar is kept),
 # what compiling a lexer may take (1,000,000; that is 1.4 s and 190 MB), and the grammar's size (500,000).
 _MAX_LEXER_STATES = 50_000
 _LEXER_FUEL = 250_000
@@ -230,12 +230,14 @@ class Grammars:
                         place = f"{tool.name}: parameters"
                         placed = self._placed(str(tool.parameters), own_fault, partial(_alone, tool))
                         return f"{place}: {placed}; or declare it with strict: false"
-                return fault if text_constraint is None else self._explained(text_constraint, fault)
+                if text_constraint is not None and (own_fault := self._fault(text_constraint)):
+                    return self._explained(text_constraint, own_fault)
+                return fault
             case _:
                 return _PLACE.sub("", fault)
 
     def _placed(self, schema: str, fault: str, constrained: Callable[[str], Constraint]) -> str:
-        path = keyword_at_fault(schema, lambda text: bool(self._fault(constrained(text))))
+        path = keyword_at_fault(schema, fault, lambda text: bool(self._fault(constrained(text))))
         return f"{path}: {_PLACE.sub('', fault)}" if path else _PLACE.sub("", fault)
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:

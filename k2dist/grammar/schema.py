@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from math import lcm
+from math import inf, lcm
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
@@ -63,13 +63,15 @@ def ready_schema(text: str, *, must_be_object: bool = False) -> str:
             raise UnfitError(f"{json.dumps(keyword)[1:-1]}: half of a surrogate pair is no character")
     if must_be_object:
         _make_object(schema)
-    multiples = []
+    multiples: list[int | float] = []
     for part in _parts(schema):
         _check_part(part)
         _ease_(part)
         _tighten_(part)
-        multiples.append(part.get("multipleOf"))
-    _check_multiples([value for value in multiples if _is_number(value) and value > 0])
+        multiple = part.get("multipleOf")
+        if isinstance(multiple, int | float) and multiple is not True and 0 < multiple < inf:
+            multiples.append(multiple)
+    _check_multiples(multiples)
     return json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
 
 
@@ -201,10 +203,6 @@ def _check_multiples(values: Sequence[int | float]) -> None:
             f"multipleOf: the digits of all of them come to {sum(sizes)}, their least common multiple to "
             f"{common}; at most {MAX_MULTIPLES} can be enforced"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _keys(schema: dict[str, Any]) -> Iterator[str]:

@@ -129,21 +129,39 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def keywords(schema: dict[str, Any]) -> set[str]:
-    inner = [part for value in schema.values() for part in (value if isinstance(value, list) else [value])]
-    return {*schema, *(word for part in inner if isinstance(part, dict) for word in keywords(part))}
-
-
-def test_no_keyword_is_missing_here() -> None:
+def standard_keywords() -> set[str]:
     contents = jsonschema_specifications.REGISTRY.contents
-    all_of_them: set[str] = {
+    return {
         keyword
         for name in VOCABULARIES
         for keyword in contents(f"https://json-schema.org/draft/2020-12/meta/{name}")["properties"]
     }
-    tried = [schema for schema, *_ in (*KEPT, *REFUSED)]
-    assert all_of_them | EARLIER <= {*ANNOTATIONS, *(word for schema in tried for word in keywords(schema))}
-    assert len(all_of_them) > 50
+
+
+def inner_keywords(schema: dict[str, Any]) -> set[str]:
+    inner = [part for value in schema.values() for part in (value if isinstance(value, list) else [value])]
+    deeper = (word for part in inner if isinstance(part, dict) for word in inner_keywords(part))
+    return {*schema, *deeper}
+
+
+def test_no_keyword_is_missing_here() -> None:
+    tried = {word for schema, *_ in (*KEPT, *REFUSED) for word in inner_keywords(schema)}
+    assert standard_keywords() | EARLIER <= {*ANNOTATIONS, *tried}
+    assert len(standard_keywords()) > 50
+
+
+STRANGE = ["null", "true", "-1", "1.5", "1e400", "1e30", '"#"', "[]", "{}", "[[null]]", '{"": {"a": null}}']
+STRANGE += ['"\\ud800"', '["\\u0000"]']
+
+
+@pytest.mark.parametrize("keyword", sorted(standard_keywords() | EARLIER))
+def test_strange_values_are_taken_or_refused(keyword: str, bytes_grammars: Grammars) -> None:
+    for value in STRANGE:
+        schema = f'{{"items": {{"{keyword}": {value}}}, "{keyword}": {value}}}'
+        try:
+            bytes_grammars.check(JsonSchema(schema=schema))
+        except RequestError as error:
+            str(error).encode()
 
 
 def takes(grammars: Grammars, schema: dict[str, Any], text: str) -> bool:
@@ -173,12 +191,13 @@ def test_an_annotation_changes_nothing(keyword: str, bytes_grammars: Grammars) -
 
 @pytest.mark.parametrize(("schema", "keyword"), REFUSED, ids=lambda value: json.dumps(value)[:60])
 def test_it_is_refused_with_its_place(schema: dict[str, Any], keyword: str, bytes_grammars: Grammars) -> None:
-    """Wherever it stands, and in the arguments of a tool as well."""
+    """Wherever it stands, in the arguments of a tool, and in an answer that may call one."""
     whole = {key: schema[key] for key in ("$defs", "a") if key in schema}  # what pointers go to
     part = {key: value for key, value in schema.items() if key not in whole}
     deep = json.dumps({"type": "object", "properties": {"deep": part}, "required": ["deep"], **whole})
     tools = (CallableTool(name="good"), CallableTool(name="bad", parameters=deep))
-    constraints: list[Constraint] = [JsonSchema(schema=deep), ToolCalls(tools=tools)]
+    text = JsonSchema(schema=deep)
+    constraints: list[Constraint] = [text, ToolCalls(tools=tools), ToolCalls(tools=tools[:1], text=text)]
     for constraint in constraints:
         with pytest.raises(RequestError, match="cannot be enforced: ") as caught:
             bytes_grammars.check(constraint)
