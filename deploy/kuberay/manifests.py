@@ -59,8 +59,10 @@ def start_s(config: ClusterConfig) -> float:
 
 
 def _meeting_s(config: ClusterConfig) -> float:
+    """Graphs are recorded where what travels has a capacity."""
     limits = config.deadlines
-    return limits.join_s + (limits.record_s if config.ranks.rank_gpus > 0 else 0.0)
+    is_recorded = config.ranks.rank_gpus > 0 and config.capacity_factor is not None
+    return limits.join_s + (limits.record_s if is_recorded else 0.0)
 
 
 def summary(overlay: str, objects: tuple[Object, ...]) -> Iterator[str]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from k2kernels.arguments import FLOATS, INT64, check_tensor, require, shared_bytes
+from k2kernels import arguments
+from k2kernels.arguments import FLOATS, HOPPER, INT64, check_tensor, require, shared_bytes
 from k2kernels.attend import LOG2_E, TILE_KEYS, attend, num_tiles, read_pages, rows_of_keys
 from k2kernels.cost import Cost
 from k2kernels.jit import OPTIONS, jit_varying, next_power_of_2
@@ -76,7 +77,8 @@ def _attend_part(
     CACHE_STRIDE: tl.constexpr,
     LATENT: tl.constexpr,
     ROTARY: tl.constexpr,
-    TILE_LATENT: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
     TILE_ROTARY: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
@@ -86,6 +88,8 @@ def _attend_part(
 ):
     # The first factor of a product has 64 rows at least, on Hopper. `KEYS_FIRST`: keys are these, heads the
     # columns, so 8 heads cost 16 columns. Else heads are the rows, and their sums take whole instructions.
+    # On Hopper latents come in pieces, since sums are copied while they are scaled: with all 512 columns at
+    # once 488 bytes of a thread's registers are spilled (64 heads), with 64 of them 80.
     row, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
     length = tl.load(length_ptr + row).to(tl.int32)
     first = part * PART_KEYS
@@ -93,18 +97,23 @@ def _attend_part(
         return
     h_H = tl.program_id(0) * TILE_HEADS + tl.arange(0, TILE_HEADS)
     is_h = h_H < num_heads
-    l_L, r_P = tl.arange(0, TILE_LATENT), tl.arange(0, TILE_ROTARY)
+    l_L, r_P = tl.arange(0, PIECE), tl.arange(0, TILE_ROTARY)
     q_at = q_ptr + row * q_row_stride + h_H[:, None] * q_head_stride
-    q_HL = tl.load(q_at + l_L[None, :], mask=is_h[:, None] & (l_L < LATENT)[None, :], other=0.0)
+    q_HL = ()
+    found = ()
+    for piece in tl.static_range(PIECES):
+        at_L = piece * PIECE + l_L
+        part_HL = tl.load(q_at + at_L[None, :], mask=is_h[:, None] & (at_L < LATENT)[None, :], other=0.0)
+        q_HL += (part_HL,)
+        if KEYS_FIRST:
+            found += (tl.zeros((PIECE, TILE_HEADS), dtype=tl.float32),)
+        else:
+            found += (tl.zeros((TILE_HEADS, PIECE), dtype=tl.float32),)
     q_HP = tl.load(q_at + LATENT + r_P[None, :], mask=is_h[:, None] & (r_P < ROTARY)[None, :], other=0.0)
 
     largest_H = tl.full((TILE_HEADS,), float("-inf"), dtype=tl.float32)
     total_H = tl.zeros((TILE_HEADS,), dtype=tl.float32)
     KEYS_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
-    if KEYS_FIRST:
-        found = tl.zeros((TILE_LATENT, TILE_HEADS), dtype=tl.float32)
-    else:
-        found = tl.zeros((TILE_HEADS, TILE_LATENT), dtype=tl.float32)
     for first_key in range(first, tl.minimum(first + PART_KEYS, length), TILE_KEYS):
         key_at, is_key = rows_of_keys(
             cache_ptr,
@@ -116,15 +125,27 @@ def _attend_part(
             TILE_KEYS,
             IN_ONE_PAGE,
         )
-        latent_JL = tl.load(key_at + l_L[None, :], mask=is_key[:, None] & (l_L < LATENT)[None, :], other=0.0)
         key_JP = tl.load(
             key_at + LATENT + r_P[None, :], mask=is_key[:, None] & (r_P < ROTARY)[None, :], other=0.0
         )
         if KEYS_FIRST:
-            score = dot(latent_JL, tl.trans(q_HL), tl.zeros((TILE_KEYS, TILE_HEADS), dtype=tl.float32))
+            score = tl.zeros((TILE_KEYS, TILE_HEADS), dtype=tl.float32)
+        else:
+            score = tl.zeros((TILE_HEADS, TILE_KEYS), dtype=tl.float32)
+        latent_JL = ()
+        for piece in tl.static_range(PIECES):
+            at_L = piece * PIECE + l_L
+            part_JL = tl.load(
+                key_at + at_L[None, :], mask=is_key[:, None] & (at_L < LATENT)[None, :], other=0.0
+            )
+            latent_JL += (part_JL,)
+            if KEYS_FIRST:
+                score = dot(part_JL, tl.trans(q_HL[piece]), score)
+            else:
+                score = dot(q_HL[piece], tl.trans(part_JL), score)
+        if KEYS_FIRST:
             score = dot(key_JP, tl.trans(q_HP), score)
         else:
-            score = dot(q_HL, tl.trans(latent_JL), tl.zeros((TILE_HEADS, TILE_KEYS), dtype=tl.float32))
             score = dot(q_HP, tl.trans(key_JP), score)
         score = tl.where(tl.expand_dims(is_key, 1 - KEYS_AXIS), score * scale_log2, float("-inf"))
         before_H = largest_H
@@ -132,20 +153,26 @@ def _attend_part(
         share = tl.exp2(score - tl.expand_dims(largest_H, KEYS_AXIS))
         fade_H = tl.exp2(before_H - largest_H)
         total_H = tl.fma(total_H, fade_H, tl.sum(share, axis=KEYS_AXIS))
-        share = narrow(share, latent_JL.dtype)
-        found = found * tl.expand_dims(fade_H, KEYS_AXIS)
-        if KEYS_FIRST:
-            found = dot(tl.trans(latent_JL), share, found)
-        else:
-            found = dot(share, latent_JL, found)
+        share = narrow(share, key_JP.dtype)
+        faded = found
+        found = ()
+        for piece in tl.static_range(PIECES):
+            before = faded[piece] * tl.expand_dims(fade_H, KEYS_AXIS)
+            if KEYS_FIRST:
+                found += (dot(tl.trans(latent_JL[piece]), share, before),)
+            else:
+                found += (dot(share, latent_JL[piece], before),)
 
     at_H = (row * num_parts + part) * num_heads + h_H
     tl.store(largest_ptr + at_H, largest_H, mask=is_h)
     tl.store(total_ptr + at_H, total_H, mask=is_h)
-    found_at = found_ptr + at_H[:, None] * LATENT + l_L[None, :]
-    if KEYS_FIRST:
-        found = tl.trans(found)
-    tl.store(found_at, found, mask=is_h[:, None] & (l_L < LATENT)[None, :])
+    found_at = found_ptr + at_H[:, None] * LATENT
+    for piece in tl.static_range(PIECES):
+        at_L = piece * PIECE + l_L
+        found_HL = found[piece]
+        if KEYS_FIRST:
+            found_HL = tl.trans(found_HL)
+        tl.store(found_at + at_L[None, :], found_HL, mask=is_h[:, None] & (at_L < LATENT)[None, :])
 
 
 @jit_varying("num_parts", "length_ptr")
@@ -192,22 +219,30 @@ class Tiles:
     keys_first: bool
     warps: int
     stages: int
+    piece: int  # columns of the latents that one product takes
 
 
 # Of shared memory, for 64 queries and two tiles of keys: compiled for sm_89; 216 of sm_90's 227 KB.
 _ALL_HEADS_BYTES = 152 << 10
 
 
-def choose_tiles(num_heads: int, dtype: torch.dtype, shared_bytes: int = 227 << 10) -> Tiles:
+_WHOLE, _PIECE = 512, 64
+
+
+def choose_tiles(
+    num_heads: int, dtype: torch.dtype, shared_bytes: int = 227 << 10, *, is_hopper: bool = True
+) -> Tiles:
     """More heads, longer parts: a part's sums are written and read once, 2 KB a head, beside 1,152 a key.
 
-    Where 64 heads have no room (Ada: 99 KB), 16 at a time read the keys four times, from the L2.
+    Where 64 heads have no room (Ada: 99 KB), 16 at a time read the keys four times, from the L2. Pieces are
+    for Hopper's wgmma: on Ada they would not be copied to shared memory ahead of their use.
     """
+    piece = _PIECE if is_hopper else _WHOLE
     if dtype == torch.float32:
-        return Tiles(16, 32, 512, True, 4, 1)
+        return Tiles(16, 32, 512, True, 4, 1, piece)
     if num_heads <= 16 or shared_bytes < _ALL_HEADS_BYTES:
-        return Tiles(16, 64, 512, True, 4, 2)
-    return Tiles(64, 64, 1024, False, 8, 2)
+        return Tiles(16, 64, 512, True, 4, 2, piece)
+    return Tiles(64, 64, 1024, False, 8, 2, piece)
 
 
 PARTS_BYTES = 256 << 20  # of float32 sums of parts at once: more rows are computed one lot after another
@@ -237,7 +272,9 @@ def launch(
     out_RHL = torch.empty(num_rows, num_heads, latent_width, dtype=dtype, device=device)
     if num_rows == 0:
         return out_RHL
-    tiles = choose_tiles(num_heads, dtype, shared_bytes(device))
+    is_hopper = arguments.capability(device) == HOPPER
+    tiles = choose_tiles(num_heads, dtype, shared_bytes(device), is_hopper=is_hopper)
+    piece = min(tiles.piece, max(16, next_power_of_2(latent_width)))
     num_parts = -(-page_RP.shape[1] * page_tokens // tiles.part_keys)
     row_bytes = num_parts * num_heads * latent_width * 4
     rows_at_once = min(num_rows, max(1, PARTS_BYTES // row_bytes), 65535)
@@ -264,7 +301,8 @@ def launch(
             CACHE_STRIDE=cache_CD.stride(0),
             LATENT=latent_width,
             ROTARY=width - latent_width,
-            TILE_LATENT=max(16, next_power_of_2(latent_width)),
+            PIECES=-(-latent_width // piece),
+            PIECE=piece,
             TILE_ROTARY=max(16, next_power_of_2(width - latent_width)),
             TILE_HEADS=tiles.heads,
             TILE_KEYS=tiles.keys,

@@ -158,7 +158,7 @@ def test_the_summary_says_what_has_to_be_made_first(rendered: dict[str, Objects]
 def test_the_summarys_arithmetic_is_the_plans(rendered: dict[str, Objects]) -> None:
     """Whoever runs the command that it ends with sees the same figures."""
     said = list(MANIFESTS.summary("h200-2x8", rendered["h200-2x8"]))
-    assert "  a rank's memory: 98.8 GB and 50.8 GB of cache, of 150.0 GB: it fits" in said
+    assert "  a rank's memory: 99.3 GB and 50.4 GB of cache, of 150.0 GB: it fits" in said
     command = said[-1].partition("k2dist plan ")[2].split()
     path = ROOT / command.pop(0)
     shown = CliRunner().invoke(app, ["plan", str(path), *command])

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 
 SHARED_BYTES = 227 << 10  # that a program may have on sm_90
-# 64 heads keep 128 sums a thread beside their queries; found with Triton 3.9: 488.
-SPILLED_BYTES = {"_attend_part": 512}
+# 64 heads keep 128 sums a thread beside their queries; found with Triton 3.9: 80, with 3.6 none.
+SPILLED_BYTES = {"_attend_part": 96}
 
 
 @pytest.mark.slow  # a minute of compiling
