@@ -58,12 +58,14 @@ def tool_call_with_client(
 
 
 def anthropic_tool_loop(client: anthropic.Anthropic, model: str) -> tuple[str, list[Any]]:
-    """Streamed; until it stops for another reason than a tool."""
+    """Streamed, greedy; until it stops for another reason than a tool."""
     tools: Any = [{"name": "get_weather", "description": DESCRIPTION, "input_schema": SCHEMA}]
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     called: list[Any] = []
     while True:
-        with client.messages.stream(model=model, max_tokens=200, messages=messages, tools=tools) as stream:
+        with client.messages.stream(
+            model=model, max_tokens=200, messages=messages, tools=tools, temperature=0.0
+        ) as stream:
             text = "".join(stream.text_stream)
             final = stream.get_final_message()
         messages.append({"role": "assistant", "content": final.content})
