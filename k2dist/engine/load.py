@@ -16,6 +16,7 @@ from torch import Tensor
 
 from k2dist.checkpoint import CheckpointFiles
 from k2dist.config import Architecture
+from k2dist.engine.heap import release_freed_memory
 from k2dist.engine.parts import read_parts
 from k2dist.model.weights import LaneWeights, Layer, Weights, assemble_ends, assemble_layer
 from k2dist.parallel import Layout, ShardPlan
@@ -70,4 +71,5 @@ def load_weights(
             )
             layers += [] if layer is None else [layer]
             experts += [] if layer_experts is None else [layer_experts]
+            release_freed_memory()
     return Weights(None if ends is None else replace(ends, layers=tuple(layers)), tuple(experts))

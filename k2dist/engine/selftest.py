@@ -5,8 +5,8 @@
       └ in float64 ── the kernels compute the same on a short sequence, in one layer of each kind and the last
 
 Without a manifest only what differs between two reads is found. Takes as long as loading does; memory in use
-beyond the weights is one decoder layer as stored (or embedding and head), and some of it as laid out. No other
-rank takes part.
+beyond the weights is one decoder layer as stored (or embedding and head), and some of it as laid out. No
+other rank takes part.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from k2kernels import KernelSet
+from msgspec.structs import replace
 from torch import Tensor
 
 from k2dist.checkpoint import CheckpointFiles
@@ -34,6 +35,7 @@ from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, as
 from k2dist.parallel import Layout, RankPlace, ShardPlan, shard_plan
 
 NUM_FAULTS_SHOWN = 5
+_HEAD = ("model.norm.weight", "lm_head.weight")
 NUM_HASH_THREADS = 4
 SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
 
@@ -82,7 +84,11 @@ def self_test(
             num_bytes_tested += part.num_bytes
             if progress is not None:
                 progress(num_bytes_tested, plan.num_bytes)
-    release_freed_memory()
+            release_freed_memory()
+        head = tuple(read for read in plan.reads if read.name in _HEAD)
+        if head:  # the stream has come there: read once more, not kept till then
+            tensors = files.read_all(replace(plan, reads=head, skips=()))
+            _raise(FaultyRankError, rank, test.head_faults(places.put(tensors)))
     return SelfTestReport(
         num_tensors=len(plan.reads),
         num_bytes=plan.num_bytes,
@@ -121,6 +127,7 @@ class _SelfTest:
     def faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         """Of memory, and only where it has none of the kernels."""
         listed = list(self._memory_faults(layer, tensors))
+        release_freed_memory()
         yield from listed or self._kernel_faults(layer, tensors)
 
     def _memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -148,16 +155,17 @@ class _SelfTest:
                 return
 
     def _kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        if layer is None or layer not in self._layers_to_check:
+            return
         lane, experts = self._weights.lane, None
-        if layer is None:
-            assert lane is not None, "a rank without a lane reads no ends"
-            yield from self._check.head(lane, tensors)
-            return
-        if layer not in self._layers_to_check:
-            return
         if self._architecture.is_moe_layer(layer):
             experts = self._weights.experts[layer - self._architecture.first_dense_layers]
         yield from self._check.layer(layer, None if lane is None else lane.layers[layer], experts, tensors)
+
+    def head_faults(self, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        lane = self._weights.lane
+        assert lane is not None, "a rank without a lane has no head"
+        yield from self._check.head(lane, tensors)
 
     def _end_faults(self, look: SecondLook, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         lane, tp_rank = self._weights.lane, self._place.tp_rank

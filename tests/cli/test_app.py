@@ -18,7 +18,8 @@ try:
     run()
 except SystemExit:
     pass
-print("imported", *(name for name in ("torch", "ray", "grpc", "numpy") if name in sys.modules), file=sys.stderr)
+found = [name for name in ("torch", "ray", "grpc", "numpy") if name in sys.modules]
+print("imported", *found, file=sys.stderr)
 """
 
 
