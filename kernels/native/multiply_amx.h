@@ -63,9 +63,37 @@ static inline void promote(const float *c, int num_rows, const float *sx, float 
     store(acc + m * stride, fma(load(c + m * 16), set1(sx[m] * sw), load(acc + m * stride)));
 }
 
-// As promote, without scales: x * 1 + acc.
+// A block of each of a group's panels, decoded some lines at a time between the tiles that work on the block
+// before: vector units and tiles then run at once. Panels follow one another, in memory and when decoded.
+struct Coming {
+  const uint8_t *source;
+  Wt *to; // null: bfloat16 is read where it lies
+  int lines_left, at_once;
+
+  void one() {
+    fetch(source);
+    if (to) {
+      __m512i pair0, pair1;
+      decode64(source, pair0, pair1);
+      _mm512_store_si512(to, pair0);
+      _mm512_store_si512(to + 32, pair1);
+      to += 64;
+    }
+    source += 64;
+    lines_left--;
+  }
+  void some() {
+    for (int i = 0; i < at_once && lines_left > 0; i++)
+      one();
+  }
+  void rest() {
+    while (lines_left > 0)
+      one();
+  }
+};
+
 static inline void multiply(const Act *a, int depth, int num_rows, const Wt *const *b, int panels,
-                            const float *sx, const float *sw, float *acc, int64_t stride) {
+                            const float *sx, const float *sw, float *acc, int64_t stride, Coming &coming) {
   alignas(64) float c[4][256];
   int row = 0;
   if (num_rows > 16)
@@ -89,6 +117,7 @@ static inline void multiply(const Act *a, int depth, int num_rows, const Wt *con
           tile_load<5>(bottom_a + k, depth * 2);
           tile_dot<2, 5, 6>();
           tile_dot<3, 5, 7>();
+          coming.some();
         }
         tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
         tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
@@ -121,11 +150,45 @@ static inline void multiply(const Act *a, int depth, int num_rows, const Wt *con
       tile_load<7>(b3 + k * 16, 64);
       tile_dot<3, 4, 7>();
     }
+    coming.some();
   }
   tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
   tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
   for (int p = 0; p < panels; p++)
     promote(c[p], top, sx + row, sw[p], acc + row * stride + 16 * p, stride);
+}
+
+// A group of panels for more than 16 rows. The bits are those of `multiply`, block after block.
+static void multiply_many(const K2Packed *w, const uint8_t *source, const float *scale, int panels, const Laid &laid,
+                          int64_t first, int num_rows, Wt *scratch, float *acc, int64_t stride) {
+  const bool is_fp8 = w->kind == K2_FP8;
+  const int rounds = num_rows / 32 * 2 + (num_rows % 32 > 16 ? 2 : num_rows % 32 > 0); // of tiles along a block
+  auto begin = [&](int block) {
+    const int depth = depth_of(w, block), lines = panels * depth / (is_fp8 ? 4 : 2), steps = rounds * (depth / 32);
+    Wt *to = is_fp8 ? scratch + (block & 1) * kPanels * kBlockMax * 16 : nullptr;
+    return Coming{source, to, lines, (lines + steps - 1) / steps};
+  };
+  Coming coming = begin(0);
+  const Wt *ready = is_fp8 ? coming.to : (const Wt *)source;
+  coming.rest();
+  for (int block = 0; block < w->num_blocks; block++) {
+    const int depth = depth_of(w, block);
+    const Wt *b[kPanels];
+    float sw[kPanels];
+    for (int p = 0; p < panels; p++) {
+      b[p] = ready + p * depth * 16;
+      sw[p] = scale ? scale[p * w->num_blocks + block] : 1.0f;
+    }
+    source += panels * depth * (is_fp8 ? 16 : 32);
+    coming = {};
+    if (block + 1 < w->num_blocks) {
+      coming = begin(block + 1);
+      ready = is_fp8 ? coming.to : (const Wt *)source;
+    }
+    multiply(laid.a + laid.rows * laid.stride * block + first * depth, depth, num_rows, b, panels,
+             laid.sx + block * laid.rows + first, sw, acc, stride, coming);
+    coming.rest();
+  }
 }
 
 template <int n> struct Int {
