@@ -8,7 +8,7 @@ static int multiply_group(const K2Packed *w, int64_t slot, int group, const Laid
                           int64_t num_rows, float *acc) {
   const int first_panel = group * kPanels, panels = int(least(kPanels, w->num_panels - first_panel));
   constexpr int64_t stride = 16 * kPanels;
-  Wt *scratch = (Wt *)k2_scratch(K2_SCRATCH_WEIGHTS, sizeof(Wt) * 2 * kPanels * kBlockMax * 16); // two blocks at most
+  Wt *scratch = (Wt *)k2_scratch(K2_SCRATCH_WEIGHTS, sizeof(Wt) * kPanels * kBlockMax * 16);
   memset(acc, 0, size_t(num_rows * stride) * 4);
   const uint8_t *source = w->data + (slot * w->num_panels + first_panel) * w->panel_bytes;
   const float *scale = w->scale ? w->scale + (slot * w->num_panels + first_panel) * w->num_blocks : nullptr;
