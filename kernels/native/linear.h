@@ -3,23 +3,6 @@
 
 constexpr int64_t kChunkRows = 512; // of one task: its sums take 128 KiB
 
-// A group of panels for any number of rows: block by block, all its panels made ready, then multiplied.
-static void multiply_many(const K2Packed *w, const uint8_t *source, const float *scale, int panels, const Laid &laid,
-                          int64_t first, int num_rows, Wt *scratch, float *acc, int64_t stride) {
-  for (int block = 0; block < w->num_blocks; block++) {
-    const int depth = depth_of(w, block);
-    const Wt *b[kPanels];
-    float sw[kPanels];
-    for (int p = 0; p < panels; p++) {
-      b[p] = ready(w->kind, source, depth, scratch + p * kBlockMax * 16);
-      source += depth * (w->kind == K2_FP8 ? 16 : 32);
-      sw[p] = scale ? scale[p * w->num_blocks + block] : 1.0f;
-    }
-    multiply(laid.a + laid.rows * laid.stride * block + first * depth, depth, num_rows, b, panels,
-             laid.sx + block * laid.rows + first, sw, acc, stride);
-  }
-}
-
 // acc[m][16 i ..] = x[first + m] . panel i of group `group`; how many panels it has.
 static int multiply_group(const K2Packed *w, int64_t slot, int group, const Laid &laid, int64_t first,
                           int64_t num_rows, float *acc) {

@@ -63,69 +63,104 @@ static inline void promote(const float *c, int num_rows, const float *sx, float 
     store(acc + m * stride, fma(load(c + m * 16), set1(sx[m] * sw), load(acc + m * stride)));
 }
 
-// As promote, without scales: x * 1 + acc.
-static inline void multiply(const Act *a, int depth, int num_rows, const Wt *const *b, int panels,
-                            const float *sx, const float *sw, float *acc, int64_t stride) {
+// A block of each of a group's panels, decoded some lines at a time between the tiles that work on the block
+// before: vector units and tiles then run at once. Panels follow one another, in memory and when decoded.
+struct Coming {
+  const uint8_t *source;
+  Wt *to; // null: bfloat16 is read where it lies
+  int lines_left, at_once;
+
+  void one() {
+    fetch(source);
+    if (to) {
+      __m512i pair0, pair1;
+      decode64(source, pair0, pair1);
+      _mm512_store_si512(to, pair0);
+      _mm512_store_si512(to + 32, pair1);
+      to += 64;
+    }
+    source += 64;
+    lines_left--;
+  }
+  void some() {
+    for (int i = 0; i < at_once && lines_left > 0; i++)
+      one();
+  }
+  void rest() {
+    while (lines_left > 0)
+      one();
+  }
+};
+
+// acc[m][..] += (a[m] . b) * sx[m] * sw of one or two panels (b1 null).
+static inline void multiply(const Act *a, int depth, int num_rows, const Wt *b0, const Wt *b1, const float *sx,
+                            const float *sw, float *acc, int64_t stride, Coming &coming) {
   alignas(64) float c[4][256];
-  int row = 0;
-  if (num_rows > 16)
-    for (; row < num_rows; row += 32) {
-      const int left = num_rows - row;
-      if (left <= 16)
-        break;
-      const int bottom = left >= 32 ? 16 : left - 16;
-      if (row == 0 || bottom != 16)
-        configure(16, bottom);
-      const Act *top_a = a + int64_t(row) * depth, *bottom_a = top_a + 16 * depth;
-      for (int p = 0; p < panels; p += 2) {
-        const Wt *b0 = b[p], *b1 = b[p + 1 < panels ? p + 1 : p];
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        for (int k = 0; k < depth; k += 32) {
-          tile_load<4>(top_a + k, depth * 2);
-          tile_load<6>(b0 + k * 16, 64);
-          tile_dot<0, 4, 6>();
-          tile_load<7>(b1 + k * 16, 64);
-          tile_dot<1, 4, 7>();
-          tile_load<5>(bottom_a + k, depth * 2);
-          tile_dot<2, 5, 6>();
-          tile_dot<3, 5, 7>();
-        }
-        tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
-        tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
-        for (int q = p; q < p + 2 && q < panels; q++) {
-          promote(c[q - p], 16, sx + row, sw[q], acc + row * stride + 16 * q, stride);
-          promote(c[q - p + 2], bottom, sx + row + 16, sw[q], acc + (row + 16) * stride + 16 * q, stride);
-        }
-      }
-    }
-  if (row >= num_rows)
-    return;
-  const int top = num_rows - row;
-  configure(top, 0);
-  const Act *top_a = a + int64_t(row) * depth;
-  const Wt *b1 = b[panels > 1 ? 1 : 0], *b2 = b[panels > 2 ? 2 : 0], *b3 = b[panels > 3 ? 3 : 0];
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  for (int k = 0; k < depth; k += 32) {
-    tile_load<4>(top_a + k, depth * 2);
-    tile_load<6>(b[0] + k * 16, 64);
-    tile_dot<0, 4, 6>();
-    if (panels > 1) {
-      tile_load<7>(b1 + k * 16, 64);
+  const Wt *second = b1 ? b1 : b0;
+  for (int row = 0; row < num_rows; row += 32) {
+    const int left = num_rows - row, top = left < 16 ? left : 16, bottom = left >= 32 ? 16 : left - top;
+    if (row == 0 || bottom != 16)
+      configure(top, bottom);
+    const Act *top_a = a + int64_t(row) * depth, *bottom_a = bottom ? top_a + 16 * depth : top_a;
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int k = 0; k < depth; k += 32) {
+      tile_load<4>(top_a + k, depth * 2);
+      tile_load<6>(b0 + k * 16, 64);
+      tile_dot<0, 4, 6>();
+      tile_load<7>(second + k * 16, 64);
       tile_dot<1, 4, 7>();
+      if (bottom) {
+        tile_load<5>(bottom_a + k, depth * 2);
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
+      }
+      coming.some();
     }
-    if (panels > 2) {
-      tile_load<6>(b2 + k * 16, 64);
-      tile_dot<2, 4, 6>();
-    }
-    if (panels > 3) {
-      tile_load<7>(b3 + k * 16, 64);
-      tile_dot<3, 4, 7>();
+    tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
+    if (bottom)
+      tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
+    for (int q = 0; q < (b1 ? 2 : 1); q++) {
+      promote(c[q], top, sx + row, sw[q], acc + row * stride + 16 * q, stride);
+      promote(c[q + 2], bottom, sx + row + 16, sw[q], acc + (row + 16) * stride + 16 * q, stride);
     }
   }
-  tile_store<0>(c[0], 64), tile_store<1>(c[1], 64);
-  tile_store<2>(c[2], 64), tile_store<3>(c[3], 64);
-  for (int p = 0; p < panels; p++)
-    promote(c[p], top, sx + row, sw[p], acc + row * stride + 16 * p, stride);
+}
+
+// A group of panels for more than 16 rows, two panels of a block after another.
+static void multiply_many(const K2Packed *w, const uint8_t *source, const float *scale, int panels, const Laid &laid,
+                          int64_t first, int num_rows, Wt *scratch, float *acc, int64_t stride) {
+  const bool is_fp8 = w->kind == K2_FP8;
+  const int rounds = (num_rows + 31) / 32;
+  int turn = 0;
+  auto begin = [&](int depth, int count) {
+    const int lines = count * depth / (is_fp8 ? 4 : 2), steps = rounds * (depth / 32);
+    Wt *to = is_fp8 ? scratch + (turn++ & 1) * 2 * kBlockMax * 16 : nullptr;
+    return Coming{source, to, lines, (lines + steps - 1) / steps};
+  };
+  auto width_of = [&](int p) { return panels - p < 2 ? panels - p : 2; };
+  Coming coming = begin(depth_of(w, 0), width_of(0));
+  const Wt *ready = is_fp8 ? coming.to : (const Wt *)source;
+  coming.rest();
+  for (int block = 0; block < w->num_blocks; block++) {
+    const int depth = depth_of(w, block);
+    for (int p = 0; p < panels; p += 2) {
+      const int here = width_of(p);
+      const Wt *b = ready;
+      source += here * depth * (is_fp8 ? 16 : 32);
+      const bool is_last_pair = p + 2 >= panels;
+      coming = {};
+      if (!is_last_pair || block + 1 < w->num_blocks) {
+        coming = begin(is_last_pair ? depth_of(w, block + 1) : depth, width_of(is_last_pair ? 0 : p + 2));
+        ready = is_fp8 ? coming.to : (const Wt *)source;
+      }
+      float sw[2] = {1.0f, 1.0f};
+      for (int q = 0; scale && q < here; q++)
+        sw[q] = scale[(p + q) * w->num_blocks + block];
+      multiply(laid.a + laid.rows * laid.stride * block + first * depth, depth, num_rows, b,
+               here > 1 ? b + depth * 16 : nullptr, laid.sx + block * laid.rows + first, sw, acc + 16 * p, stride, coming);
+      coming.rest();
+    }
+  }
 }
 
 template <int n> struct Int {

@@ -142,3 +142,20 @@ static inline void multiply(const Act *a, int depth, int num_rows, const Wt *con
   for (; p < panels; p++)
     multiply_panels<1>(a, depth, num_rows, b + p, sx, sw + p, acc + 16 * p, stride);
 }
+
+// A group of panels for any number of rows: block by block, all its panels made ready, then multiplied.
+static void multiply_many(const K2Packed *w, const uint8_t *source, const float *scale, int panels, const Laid &laid,
+                          int64_t first, int num_rows, Wt *scratch, float *acc, int64_t stride) {
+  for (int block = 0; block < w->num_blocks; block++) {
+    const int depth = depth_of(w, block);
+    const Wt *b[kPanels];
+    float sw[kPanels];
+    for (int p = 0; p < panels; p++) {
+      b[p] = ready(w->kind, source, depth, scratch + p * kBlockMax * 16);
+      source += depth * (w->kind == K2_FP8 ? 16 : 32);
+      sw[p] = scale ? scale[p * w->num_blocks + block] : 1.0f;
+    }
+    multiply(laid.a + laid.rows * laid.stride * block + first * depth, depth, num_rows, b, panels,
+             laid.sx + block * laid.rows + first, sw, acc, stride);
+  }
+}
