@@ -163,8 +163,8 @@ def test_the_summarys_arithmetic_is_the_plans(rendered: dict[str, Objects]) -> N
     path = ROOT / command.pop(0)
     shown = CliRunner().invoke(app, ["plan", str(path), *command])
     assert shown.exit_code == 0, shown.output
-    assert re.search(r"together +98\.77 GB", shown.output)
-    assert "50.82 GB a rank" in shown.output
+    assert re.search(r"together +99\.31 GB", shown.output)
+    assert "50.37 GB a rank" in shown.output
 
 
 # -- of one mind with the program ----------------------------------------------------------------------------
