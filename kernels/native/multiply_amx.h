@@ -63,8 +63,8 @@ static inline void promote(const float *c, int num_rows, const float *sx, float 
     store(acc + m * stride, fma(load(c + m * 16), set1(sx[m] * sw), load(acc + m * stride)));
 }
 
-// A block of each of a group's panels, decoded some lines at a time between the tiles that work on the block
-// before: vector units and tiles then run at once. Panels follow one another, in memory and when decoded.
+// A block of two panels, decoded some lines at a time between the tiles that work on the two before: vector units
+// and tiles then run at once. Panels follow one another, in memory and when decoded.
 struct Coming {
   const uint8_t *source;
   Wt *to; // null: bfloat16 is read where it lies
