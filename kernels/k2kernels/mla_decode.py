@@ -99,16 +99,16 @@ def _attend_part(
     is_h = h_H < num_heads
     l_L, r_P = tl.arange(0, PIECE), tl.arange(0, TILE_ROTARY)
     q_at = q_ptr + row * q_row_stride + h_H[:, None] * q_head_stride
-    q_HL = ()
+    q_HL = ()  # tuples of pieces; what they hold mypy need not know
     found = ()
     for piece in tl.static_range(PIECES):
         at_L = piece * PIECE + l_L
         part_HL = tl.load(q_at + at_L[None, :], mask=is_h[:, None] & (at_L < LATENT)[None, :], other=0.0)
-        q_HL += (part_HL,)
+        q_HL += (part_HL,)  # type: ignore[assignment]
         if KEYS_FIRST:
-            found += (tl.zeros((PIECE, TILE_HEADS), dtype=tl.float32),)
+            found += (tl.zeros((PIECE, TILE_HEADS), dtype=tl.float32),)  # type: ignore[assignment]
         else:
-            found += (tl.zeros((TILE_HEADS, PIECE), dtype=tl.float32),)
+            found += (tl.zeros((TILE_HEADS, PIECE), dtype=tl.float32),)  # type: ignore[assignment]
     q_HP = tl.load(q_at + LATENT + r_P[None, :], mask=is_h[:, None] & (r_P < ROTARY)[None, :], other=0.0)
 
     largest_H = tl.full((TILE_HEADS,), float("-inf"), dtype=tl.float32)
@@ -138,7 +138,7 @@ def _attend_part(
             part_JL = tl.load(
                 key_at + at_L[None, :], mask=is_key[:, None] & (at_L < LATENT)[None, :], other=0.0
             )
-            latent_JL += (part_JL,)
+            latent_JL += (part_JL,)  # type: ignore[assignment]
             if KEYS_FIRST:
                 score = dot(part_JL, tl.trans(q_HL[piece]), score)
             else:
@@ -159,9 +159,9 @@ def _attend_part(
         for piece in tl.static_range(PIECES):
             before = faded[piece] * tl.expand_dims(fade_H, KEYS_AXIS)
             if KEYS_FIRST:
-                found += (dot(tl.trans(latent_JL[piece]), share, before),)
+                found += (dot(tl.trans(latent_JL[piece]), share, before),)  # type: ignore[assignment]
             else:
-                found += (dot(share, latent_JL[piece], before),)
+                found += (dot(share, latent_JL[piece], before),)  # type: ignore[assignment]
 
     at_H = (row * num_parts + part) * num_heads + h_H
     tl.store(largest_ptr + at_H, largest_H, mask=is_h)
@@ -169,7 +169,7 @@ def _attend_part(
     found_at = found_ptr + at_H[:, None] * LATENT
     for piece in tl.static_range(PIECES):
         at_L = piece * PIECE + l_L
-        found_HL = found[piece]
+        found_HL = found[piece]  # type: ignore[var-annotated]
         if KEYS_FIRST:
             found_HL = tl.trans(found_HL)
         tl.store(found_at + at_L[None, :], found_HL, mask=is_h[:, None] & (at_L < LATENT)[None, :])
