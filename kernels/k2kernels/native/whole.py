@@ -28,10 +28,13 @@ from k2kernels.whole import (
 
 
 class _Built:
-    """The structures of the model used last; checking and filling them takes 0.3 ms of a step of 20."""
+    """The structures of the model used last; checking and filling them takes 0.3 ms of a step of 20.
+
+    A set of kernels serves one rank, whose device thread is the only caller.
+    """
 
     def __init__(self) -> None:
-        self._weights: tuple[object, ...] = ()
+        self._of: tuple[object, ...] = ()
         self._numbers: tuple[object, ...] = ()
         self._layers: ctypes.Array[LayerArgs] = (LayerArgs * 0)()
 
@@ -43,12 +46,12 @@ class _Built:
         numbers: Numbers,
         width: int,
     ) -> ctypes.Array[LayerArgs]:
-        """Of these very weights and caches; without slots and counts, which change with steps."""
-        weights = (stack.layers, experts, latents.layers, latents.rope)
-        is_known = len(self._weights) == len(weights) and all(map(operator.is_, weights, self._weights))
+        """Of these very weights and caches; without slots and counts, which each step brings."""
+        of = (stack.layers, experts, latents.layers, latents.rope)
+        is_known = len(self._of) == len(of) and all(map(operator.is_, of, self._of))
         if not is_known or self._numbers != (numbers, width):
             self._layers = _layers(stack.layers, experts, latents, numbers, width)
-            self._weights, self._numbers = weights, (numbers, width)
+            self._of, self._numbers = of, (numbers, width)
         return self._layers
 
 
