@@ -37,7 +37,7 @@ from k2dist.parallel import Layout, RankPlace, ShardPlan, shard_plan
 NUM_FAULTS_SHOWN = 5
 _HEAD = ("model.norm.weight", "lm_head.weight")
 NUM_HASH_THREADS = 4
-SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
+SLOTS_AT_ONCE = 8  # laid out again: most of it where the last ones were, not new from the system
 
 
 class SelfTestReport(Message, frozen=True, kw_only=True):
@@ -127,7 +127,6 @@ class _SelfTest:
     def faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         """Of memory, and only where it has none of the kernels."""
         listed = list(self._memory_faults(layer, tensors))
-        release_freed_memory()
         yield from listed or self._kernel_faults(layer, tensors)
 
     def _memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -149,7 +148,9 @@ class _SelfTest:
         for first in range(0, len(slots), SLOTS_AT_ONCE):
             some = slots[first : first + SLOTS_AT_ONCE]
             again = assemble_slots(tensors, self._architecture, some, self._kernels, layer)
-            if not look.are_same(resident, again, first, len(some)):
+            are_same = look.are_same(resident, again, first, len(some))
+            del again  # before the next ones: they get its memory
+            if not are_same:
                 every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
                 yield from look.experts(resident, every, layer, slots)
                 return
@@ -157,6 +158,7 @@ class _SelfTest:
     def _kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if layer is None or layer not in self._layers_to_check:
             return
+        release_freed_memory()  # what was laid out again
         lane, experts = self._weights.lane, None
         if self._architecture.is_moe_layer(layer):
             experts = self._weights.experts[layer - self._architecture.first_dense_layers]
