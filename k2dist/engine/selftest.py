@@ -12,12 +12,12 @@ other rank takes part.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from k2kernels import KernelSet
+from k2kernels import Experts, KernelSet
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -31,13 +31,13 @@ from k2dist.engine.parts import read_parts
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
-from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots
+from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots, expert_parts
 from k2dist.parallel import Layout, RankPlace, ShardPlan, shard_plan
 
 NUM_FAULTS_SHOWN = 5
 _HEAD = ("model.norm.weight", "lm_head.weight")
 NUM_HASH_THREADS = 4
-SLOTS_AT_ONCE = 8  # laid out again: most of it where the last ones were, not new from the system
+SLOTS_AT_ONCE = 8  # laid out again, where the kernels cannot compare
 
 
 class SelfTestReport(Message, frozen=True, kw_only=True):
@@ -142,18 +142,34 @@ class _SelfTest:
             yield from self._expert_faults(look, layer, tensors)
 
     def _expert_faults(self, look: SecondLook, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        """A few slots at a time; all of a layer only where one of them differs, to say whose it is."""
+        """All of a layer are laid out again only where one of them differs, to say whose it is."""
         moe_layer = layer - self._architecture.first_dense_layers
         resident, slots = self._weights.experts[moe_layer], self._place.experts[moe_layer]
+        if not self._are_held(look, resident, slots, layer, tensors):
+            every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
+            yield from look.experts(resident, every, layer, slots)
+
+    def _are_held(
+        self,
+        look: SecondLook,
+        resident: Experts,
+        slots: Sequence[int],
+        layer: int,
+        tensors: Mapping[str, Tensor],
+    ) -> bool:
+        """By the kernels where they can tell; else a few slots at a time are laid out again."""
+        architecture, kernels = self._architecture, self._kernels
+        if kernels.holds_grouped is not None:
+            parts = expert_parts(tensors, architecture, slots, layer)
+            return kernels.holds_grouped(
+                resident.gate_up, [(gate, up) for gate, up, _ in parts]
+            ) and kernels.holds_grouped(resident.down, [(down,) for _, _, down in parts])
         for first in range(0, len(slots), SLOTS_AT_ONCE):
             some = slots[first : first + SLOTS_AT_ONCE]
-            again = assemble_slots(tensors, self._architecture, some, self._kernels, layer)
-            are_same = look.are_same(resident, again, first, len(some))
-            del again  # before the next ones: they get its memory
-            if not are_same:
-                every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
-                yield from look.experts(resident, every, layer, slots)
-                return
+            again = assemble_slots(tensors, architecture, some, kernels, layer)
+            if not look.are_same(resident, again, first, len(some)):
+                return False
+        return True
 
     def _kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if layer is None or layer not in self._layers_to_check:

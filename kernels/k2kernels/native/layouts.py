@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2kernels.fp8_gemm import StoredWeight
 from k2kernels.native.caller import Caller
-from k2kernels.native.packed import PackedLinear, pack_slots
+from k2kernels.native.packed import PackedLinear, holds_slots, pack_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,9 @@ class Layouts:
 
     def prepare_grouped(self, slots: Sequence[Sequence[StoredWeight]], num_outputs: int) -> PackedLinear:
         return pack_slots(slots, num_outputs, self.call.num_threads)
+
+    def holds_grouped(self, w: PackedLinear, slots: Sequence[Sequence[StoredWeight]]) -> bool:
+        return holds_slots(w, slots, self.call.num_threads)
 
     def prepare_keys(self, w_HNL: Tensor) -> PackedKeys:
         return PackedKeys(self.prepare_heads(w_HNL), self.prepare_heads(w_HNL.transpose(1, 2)))
