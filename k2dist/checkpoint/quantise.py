@@ -41,7 +41,7 @@ def dequantise_block_fp8(q_NK: Tensor, scale_nk: Tensor, block: int = 128) -> Te
 
 
 def _float32(q_NK: Tensor) -> Tensor:
-    """A copy, as `q_NK.float()`, which takes five times as long on a CPU: torch converts float8 one by one."""
+    """A copy, as `q_NK.float()`: on a CPU five times as fast, since torch converts float8 one by one."""
     if q_NK.device.type != "cpu":
         return q_NK.float()
     of_code_C = torch.arange(256, dtype=torch.uint8).view(q_NK.dtype).float()

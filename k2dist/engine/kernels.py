@@ -66,6 +66,7 @@ def with_cpu_experts(kernels: KernelSet, dtype: str) -> KernelSet:
         name=f"{kernels.name}, experts {cpu.name}",
         versions=(*kernels.versions, *cpu.versions),
         prepare_grouped=cpu.prepare_grouped,
+        holds_grouped=cpu.holds_grouped,
         whole_experts=experts,
         whole_moe=None,  # these would look into what the CPU's set has laid out
         whole_layers=None,

@@ -12,12 +12,12 @@ other rank takes part.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from k2kernels import KernelSet
+from k2kernels import Experts, KernelSet
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -31,13 +31,13 @@ from k2dist.engine.parts import read_parts
 from k2dist.engine.resident import SecondLook
 from k2dist.errors import CheckpointError, FaultyRankError, K2Error
 from k2dist.messages import Message
-from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots
+from k2dist.model.weights import Weights, assemble_ends, assemble_lane_layer, assemble_slots, expert_parts
 from k2dist.parallel import Layout, RankPlace, ShardPlan, shard_plan
 
 NUM_FAULTS_SHOWN = 5
 _HEAD = ("model.norm.weight", "lm_head.weight")
 NUM_HASH_THREADS = 4
-SLOTS_AT_ONCE = 8  # laid out again: memory that is used again, not new from the system each time
+SLOTS_AT_ONCE = 8  # laid out again, where the kernels cannot compare
 
 
 class SelfTestReport(Message, frozen=True, kw_only=True):
@@ -127,7 +127,6 @@ class _SelfTest:
     def faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         """Of memory, and only where it has none of the kernels."""
         listed = list(self._memory_faults(layer, tensors))
-        release_freed_memory()
         yield from listed or self._kernel_faults(layer, tensors)
 
     def _memory_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -143,20 +142,39 @@ class _SelfTest:
             yield from self._expert_faults(look, layer, tensors)
 
     def _expert_faults(self, look: SecondLook, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        """A few slots at a time; all of a layer only where one of them differs, to say whose it is."""
+        """All of a layer are laid out again only where one of them differs, to say whose it is."""
         moe_layer = layer - self._architecture.first_dense_layers
         resident, slots = self._weights.experts[moe_layer], self._place.experts[moe_layer]
+        if not self._are_held(look, resident, slots, layer, tensors):
+            every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
+            yield from look.experts(resident, every, layer, slots)
+
+    def _are_held(
+        self,
+        look: SecondLook,
+        resident: Experts,
+        slots: Sequence[int],
+        layer: int,
+        tensors: Mapping[str, Tensor],
+    ) -> bool:
+        """By the kernels where they can tell; else a few slots at a time are laid out again."""
+        architecture, kernels = self._architecture, self._kernels
+        if kernels.holds_grouped is not None:
+            parts = expert_parts(tensors, architecture, slots, layer)
+            return kernels.holds_grouped(
+                resident.gate_up, [(gate, up) for gate, up, _ in parts]
+            ) and kernels.holds_grouped(resident.down, [(down,) for _, _, down in parts])
         for first in range(0, len(slots), SLOTS_AT_ONCE):
             some = slots[first : first + SLOTS_AT_ONCE]
-            again = assemble_slots(tensors, self._architecture, some, self._kernels, layer)
+            again = assemble_slots(tensors, architecture, some, kernels, layer)
             if not look.are_same(resident, again, first, len(some)):
-                every = assemble_slots(tensors, self._architecture, slots, self._kernels, layer)
-                yield from look.experts(resident, every, layer, slots)
-                return
+                return False
+        return True
 
     def _kernel_faults(self, layer: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if layer is None or layer not in self._layers_to_check:
             return
+        release_freed_memory()  # what was laid out again
         lane, experts = self._weights.lane, None
         if self._architecture.is_moe_layer(layer):
             experts = self._weights.experts[layer - self._architecture.first_dense_layers]

@@ -148,6 +148,13 @@ def assemble_slots(
     return slots
 
 
+def expert_parts(
+    tensors: Mapping[str, Tensor], architecture: Architecture, experts: Sequence[int], layer: int
+) -> list[tuple[StoredWeight, StoredWeight, StoredWeight]]:
+    """Gate, up and down of each, as a checkpoint holds them."""
+    return _expert_parts(_Source(tensors, architecture.scale_block), architecture, experts, layer)
+
+
 def expert_prefix(layer: int, expert: int) -> str:
     """Of the published names of one expert's tensors."""
     return f"model.layers.{layer}.mlp.experts.{expert}."
@@ -293,8 +300,15 @@ def _experts(
     source: _Source, architecture: Architecture, layer: int, slots: tuple[int, ...], kernels: KernelSet
 ) -> Experts:
     hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
-    parts = [_mlp_parts(source, expert_prefix(layer, expert), hidden, width) for expert in slots]
+    parts = _expert_parts(source, architecture, slots, layer)
     return Experts(
         gate_up=kernels.prepare_grouped([(gate, up) for gate, up, _ in parts], 2 * width),
         down=kernels.prepare_grouped([(down,) for _, _, down in parts], hidden),
     )
+
+
+def _expert_parts(
+    source: _Source, architecture: Architecture, experts: Sequence[int], layer: int
+) -> list[tuple[StoredWeight, StoredWeight, StoredWeight]]:
+    hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
+    return [_mlp_parts(source, expert_prefix(layer, expert), hidden, width) for expert in experts]

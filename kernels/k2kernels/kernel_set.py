@@ -92,6 +92,8 @@ class KernelSet:
     pack: Callable[[Tensor, int | None], Tensor]
     unpack: Callable[[Tensor, int, int | None], Tensor | QuantisedRows]
 
+    # Whether what was prepared is what `prepare_grouped` makes of these slots, told without laying them out.
+    holds_grouped: Callable[[Prepared, Sequence[Sequence[StoredWeight]]], bool] | None = None
     asks_device: bool = True  # some kernel reads numbers of its rows on the host, so no graph can hold it
     whole_linear: Callable[[Tensor, Prepared, torch.dtype], Tensor] | None = None
     whole_mlp: Callable[[Tensor, Prepared, Prepared, torch.dtype], Tensor] | None = None

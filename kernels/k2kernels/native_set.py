@@ -31,6 +31,7 @@ def native_set(isa: str | None = None, num_threads: int | None = None) -> Kernel
         prepare_keys=layouts.prepare_keys,
         prepare_values=layouts.prepare_values,
         prepare_grouped=layouts.prepare_grouped,
+        holds_grouped=layouts.holds_grouped,
         act_quant=products.act_quant,
         fp8_gemm=products.fp8_gemm,
         grouped_gemm=products.grouped_gemm,

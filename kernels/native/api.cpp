@@ -3,12 +3,10 @@
 #include "pack.h"
 #include "pool.h"
 
+#include <atomic>
 #include <cpuid.h>
 #include <cstdlib>
 #include <cstring>
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -98,27 +96,41 @@ EXPORT void k2_advise(void *memory, int64_t num_bytes) {
     madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusal costs only speed
 }
 
-// Fill `out` and `out_scale` as K2Packed says, all slots in one go. Panel p gets rows [row[p], row[p] + width[p]) of
-// matrix part[p] of its slot; a matrix has elements of one (fp8) or two bytes, element (n, k) at n * row_stride +
-// k * col_stride. `scale`: of each matrix, [blocks of rows][blocks of inputs]; null: no scales.
-EXPORT void k2_pack(int threads, int kind, int num_slots, int num_parts, const uint8_t *const *matrix,
-                    const float *const *scale, int64_t num_inputs, int64_t row_stride, int64_t col_stride, int block,
-                    int num_panels, const int32_t *part, const int32_t *row, const int32_t *width,
-                    int64_t panel_bytes, uint8_t *out, float *out_scale) {
+// Fill `out` and `out_scale` as K2Packed says, all slots in one go; or, if `compares`, only say whether they hold
+// that already: 1 if they differ. Panel p gets rows [row[p], row[p] + width[p]) of matrix part[p] of its slot; a
+// matrix has elements of one (fp8) or two bytes, element (n, k) at n * row_stride + k * col_stride. `scale`: of each
+// matrix, [blocks of rows][blocks of inputs]; null: no scales. Blocks have at most 128 inputs.
+EXPORT int k2_pack(int threads, int compares, int kind, int num_slots, int num_parts, const uint8_t *const *matrix,
+                   const float *const *scale, int64_t num_inputs, int64_t row_stride, int64_t col_stride, int block,
+                   int num_panels, const int32_t *part, const int32_t *row, const int32_t *width, int64_t panel_bytes,
+                   uint8_t *out, float *out_scale) {
   const int64_t size = kind == K2_FP8 ? 1 : 2, num_blocks = (num_inputs + block - 1) / block;
+  std::atomic<int> differs{0};
   parallel(threads, int64_t(num_slots) * num_panels, [&](int64_t i) {
     const int64_t slot = i / num_panels, p = i % num_panels, which = slot * num_parts + part[p];
     const int64_t group = p / kPanels * kPanels, panels = num_panels - group < kPanels ? num_panels - group : kPanels;
     const uint8_t *rows = matrix[which] + row[p] * row_stride * size;
     uint8_t *to = out + (slot * num_panels + group) * panel_bytes;
+    alignas(64) uint8_t wanted[128 * 16 * 2];
     for (int64_t begin = 0; begin < num_inputs; begin += block) {
       const int64_t end = begin + block < num_inputs ? begin + block : num_inputs;
       const int64_t block_bytes = (end - begin + 31) / 32 * 32 * 16 * size;
-      pack_block(kind, rows, row_stride, col_stride, begin, end, width[p], block_bytes, to + (p - group) * block_bytes);
+      uint8_t *place = to + (p - group) * block_bytes;
+      pack_block(kind, rows, row_stride, col_stride, begin, end, width[p], block_bytes, compares ? wanted : place);
+      if (compares && memcmp(place, wanted, size_t(block_bytes)) != 0)
+        differs = 1;
       to += panels * block_bytes;
     }
-    if (scale)
-      memcpy(out_scale + i * num_blocks, scale[which] + row[p] / block * num_blocks, size_t(num_blocks) * sizeof(float));
+    if (!scale)
+      return;
+    float *place = out_scale + i * num_blocks;
+    const float *from = scale[which] + row[p] / block * num_blocks;
+    const size_t bytes = size_t(num_blocks) * sizeof(float);
+    if (!compares)
+      memcpy(place, from, bytes);
+    else if (memcmp(place, from, bytes) != 0)
+      differs = 1;
   });
+  return differs;
 }
 }

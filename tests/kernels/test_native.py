@@ -234,6 +234,30 @@ def test_an_experts_output_is_that_of_a_plain_mlp(native: KernelSet, block: int 
         assert same_bits(out_MD[slot_M == slot], alone[row_M[slot_M == slot]])
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(128, 256), (200, 96), (17, 300)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_comparison_sees_every_byte(native: KernelSet, rows: int, cols: int, scaled: bool) -> None:
+    """`holds_grouped`: of weights and scales, also of the last slot's last panel; and it changes nothing."""
+    assert native.holds_grouped is not None
+    parts = [
+        stored(rows, cols) if scaled else StoredWeight(torch.randn(rows, cols).bfloat16()) for _ in "abcdef"
+    ]
+    slots = [parts[:2], parts[2:4], parts[4:]]
+    packed = native.prepare_grouped(slots, 2 * rows)
+    assert native.holds_grouped(packed, slots)
+    assert not native.holds_grouped(packed, [slots[0], slots[2], slots[1]])
+    for tensor in (packed.data, packed.scale):
+        if tensor is None:
+            continue
+        held = tensor.view(torch.uint8).view(len(slots), -1)
+        for slot, byte in ((0, 0), (1, held.shape[1] // 2), (2, -1)):
+            held[slot, byte] ^= 0x10
+            assert not native.holds_grouped(packed, slots)
+            held[slot, byte] ^= 0x10
+    assert native.holds_grouped(packed, slots)
+    assert native.holds_grouped(native.prepare_grouped([], rows), [])
+
+
 def test_no_rows_and_no_slots(native: KernelSet) -> None:
     none = native.prepare_grouped([], 24)
     counts_e, row_M = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)

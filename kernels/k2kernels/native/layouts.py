@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k2kernels.fp8_gemm import StoredWeight
 from k2kernels.native.caller import Caller
-from k2kernels.native.packed import PackedLinear, pack_slots
+from k2kernels.native.packed import PackedLinear, holds_slots, pack_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,9 @@ class Layouts:
     def prepare_grouped(self, slots: Sequence[Sequence[StoredWeight]], num_outputs: int) -> PackedLinear:
         return pack_slots(slots, num_outputs, self.call.num_threads)
 
+    def holds_grouped(self, w: PackedLinear, slots: Sequence[Sequence[StoredWeight]]) -> bool:
+        return holds_slots(w, slots, self.call.num_threads)
+
     def prepare_keys(self, heads: Sequence[StoredWeight]) -> PackedKeys:
         return PackedKeys(self.prepare_values([_turned(head) for head in heads]), self.prepare_values(heads))
 
@@ -49,4 +52,4 @@ def _kept(w: StoredWeight) -> StoredWeight:
 
 
 def _turned(w: StoredWeight) -> StoredWeight:
-    return StoredWeight(w.w_NK.T, None if w.scale_nk is None else w.scale_nk.T.contiguous(), w.block)
+    return StoredWeight(w.w_NK.T, None if w.scale_nk is None else w.scale_nk.T, w.block)

@@ -227,8 +227,8 @@ def load() -> Library:
         raise NoNativeKernelsError(f"{path} cannot be loaded on {sys.platform}: {error}") from error
     shared.k2_build.restype = ctypes.c_char_p
     shared.k2_ops.restype = POINTER(_OpsTable)
-    shared.k2_pack.argtypes = (_I, _I, _I, _I, _P, _P, _L, _L, _L, _I, _I, _P, _P, _P, _L, _P, _P)
-    shared.k2_pack.restype = None
+    shared.k2_pack.argtypes = (_I, _I, _I, _I, _I, _P, _P, _L, _L, _L, _I, _I, _P, _P, _P, _L, _P, _P)
+    shared.k2_pack.restype = _I
     shared.k2_advise.argtypes = (_P, _L)
     shared.k2_advise.restype = None
     mask = shared.k2_isas()

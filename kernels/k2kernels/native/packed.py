@@ -45,12 +45,12 @@ class PackedLinear:
 
 
 class _Handle:
-    """The C structure, and the memory that it points to besides the tensors."""
+    """The C structure, and the panels, whose memory it points to."""
 
-    def __init__(self, packed: Packed, *kept: object) -> None:
+    def __init__(self, packed: Packed, panels: _Panels) -> None:
         self.packed = packed
         self.pointer = ctypes.pointer(packed)
-        self._kept = kept
+        self.panels = panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +117,52 @@ def pack_slots(
     data = torch.empty(len(slots), num_panels * panel_bytes, dtype=torch.uint8)
     load().advise(data.data_ptr(), data.nbytes)
     scale = torch.empty(len(slots), num_panels, num_blocks) if scaled else None
-    load().pack(
+    _lay(slots, panels, block, panel_bytes, data, scale, threads, compares=False)
+    act_block = first[0].block if are_acts_quantised else None
+    return _finished(data, scale, act_block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels)
+
+
+def holds_slots(w: PackedLinear, slots: Sequence[Sequence[StoredWeight]], threads: int) -> bool:
+    """Whether `w` is what `pack_slots` would make of these; no memory is taken."""
+    if not slots:
+        return w.num_slots == 0
+    for parts in slots:
+        _check_alike(parts, slots[0])
+    first, packed = slots[0][0], w.packed.packed
+    assert (len(slots), first.block, first.w_NK.shape[1]) == (w.num_slots, w.block, w.num_inputs), (
+        f"{len(slots)} slots of {first.w_NK.shape[1]} inputs, scales of {first.block}: packed were others"
+    )
+    return _lay(
+        slots, w.packed.panels, packed.block, packed.panel_bytes, w.data, w.scale, threads, compares=True
+    )
+
+
+def _lay(
+    slots: Sequence[Sequence[StoredWeight]],
+    panels: _Panels,
+    block: int,
+    panel_bytes: int,
+    data: Tensor,
+    scale: Tensor | None,
+    threads: int,
+    *,
+    compares: bool,
+) -> bool:
+    """Fill `data` and `scale`, or only compare them: whether they hold the slots then."""
+    first = slots[0][0]
+    scales = [p.scale_nk.float().contiguous() for parts in slots for p in parts if p.scale_nk is not None]
+    differs = load().pack(
         threads,
-        FP8 if scaled else BF16,
+        compares,
+        BF16 if first.block is None else FP8,
         len(slots),
-        len(first),
+        len(slots[0]),
         _pointers([part.w_NK for parts in slots for part in parts]),
-        _pointers([part.scale_nk for parts in slots for part in parts if part.scale_nk is not None]),
-        num_inputs,
-        *first[0].w_NK.stride(),
+        _pointers(scales),
+        first.w_NK.shape[1],
+        *first.w_NK.stride(),
         block,
-        num_panels,
+        len(panels.row),
         panels.part.ctypes.data,
         panels.row.ctypes.data,
         panels.width.ctypes.data,
@@ -135,8 +170,7 @@ def pack_slots(
         data.data_ptr(),
         None if scale is None else scale.data_ptr(),
     )
-    act_block = first[0].block if are_acts_quantised else None
-    return _finished(data, scale, act_block, block, num_outputs, num_inputs, num_blocks, panel_bytes, panels)
+    return not differs
 
 
 def _check_alike(parts: Sequence[StoredWeight], first: Sequence[StoredWeight]) -> None:
@@ -155,8 +189,6 @@ def _check_alike(parts: Sequence[StoredWeight], first: Sequence[StoredWeight]) -
         assert scale_nk.shape == num_blocks, (
             f"scales {list(scale_nk.shape)} for a weight {list(w_NK.shape)} in blocks of {block}"
         )
-        assert scale_nk.dtype == torch.float32, f"scales of {scale_nk.dtype}, expected float32"
-        assert scale_nk.is_contiguous(), "scales are read row after row"
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p] | None:
@@ -196,4 +228,5 @@ def _finished(
 
 def _empty(num_outputs: int) -> PackedLinear:
     """Of a rank without slots."""
-    return PackedLinear(torch.empty(0, 0, dtype=torch.uint8), None, None, num_outputs, 0, _Handle(Packed()))
+    nothing = _Handle(Packed(), _Panels.of([], BLOCK))
+    return PackedLinear(torch.empty(0, 0, dtype=torch.uint8), None, None, num_outputs, 0, nothing)
