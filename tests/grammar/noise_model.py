@@ -85,4 +85,4 @@ def ending_sampling(tokenizer: Tokenizer, **fields: Any) -> dict[str, Any]:
     closing += [tokenizer.special_id(CALL_END), tokenizer.special_id(SECTION_END)]
     longer = [i for i in base if tokenizer.token_bytes(i)[-1] in _LONGER]
     bias = {**dict.fromkeys(longer, -3.0), **dict.fromkeys(closing, 4.0)}
-    return {"temperature": 1.0, "max_tokens": 120, "logit_bias": bias, **fields}
+    return {"temperature": 1.0, "max_tokens": 160, "logit_bias": bias, **fields}

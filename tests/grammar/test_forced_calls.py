@@ -124,5 +124,5 @@ def test_forced_calls_are_valid_streamed_and_not(noise_model_dir: Path) -> None:
 
     outcomes = asyncio.run(asyncio.wait_for(all_of_them(), 300))
     assert len(outcomes) >= 150
-    assert sum(outcome.has_ended for outcome in outcomes) >= len(outcomes) - 10
+    assert sum(outcome.has_ended for outcome in outcomes) >= len(outcomes) * 140 / 150
     assert all(outcome.num_pieces > 3 for outcome in outcomes), "one that is not streamed shows nothing"
