@@ -67,10 +67,11 @@ def test_the_final_answer_says_what_the_tool_said(world: LocalWorld, question: s
 
 def test_other_cities_words_and_forms(world: LocalWorld) -> None:
     words = [
-        ("Paris", "Cloudy", '{"weather": "Cloudy"}'), ("Tokyo", "sunny", '{"weather": "sunny"}'),
-        ("Cairo", "Windy", '{"weather":"Windy"}'), ("Lima", "Sunny", "Sunny"),
-        ("Munich", "rain", '"rain"'), ("Oslo", "Heavy snow", '{"city": "Oslo", "weather": "Heavy snow"}'),
-        ("New York", "Foggy", "{'weather': 'Foggy'}"), ("London", "Drizzly", '{"condition": "Drizzly"}'),
+        ("Paris", "Cloudy", '{"weather": "Cloudy"}'), ("Cairo", "Windy", '{"weather":"Windy"}'),
+        ("Lima", "Sunny", "Sunny"), ("New York", "Foggy", '{"weather": "Foggy"}'),
+        ("Oslo", "Heavy snow", '{"city": "Oslo", "weather": "Heavy snow"}'),
+        ("Tokyo", "warm", '{"weather": "warm"}'), ("Rome", "light rain", '{"weather": "light rain"}'),
+        ("Beijing", "Sunny", "The weather in Beijing is Sunny."),
     ]  # fmt: skip
     talks = [(f"What's the weather in {city}? Use the tool to check.", result) for city, _, result in words]
     loops = loop_over_seeds(world, talks)
