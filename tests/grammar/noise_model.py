@@ -19,7 +19,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from k2dist.checkpoint import random_tensors, write_checkpoint
-from k2dist.config import published_config
+from tests.published_config import published_config
 from k2dist.text.tokenizer import CALL_END, K2_SPECIALS, SECTION_END, Tokenizer
 from tests.service.conftest import ARCHITECTURE
 
