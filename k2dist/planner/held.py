@@ -1,8 +1,8 @@
 """How many bytes of weights a rank reads and holds, by kind.
 
 Held is not read: kernels lay weights out anew, each set in its own way (`terms.Form`). The up-projection of
-the latent (kv_b) is absorbed, unquantised; router weights are widened to float32. What this describes is
-`k2dist.model.weights.assemble`, and a test compares the two for every set.
+the latent (kv_b) is absorbed, in float8 by the native set alone; router weights are widened to float32. What
+this describes is `k2dist.model.weights.assemble`, and a test compares the two for every set.
 """
 
 from __future__ import annotations
