@@ -19,8 +19,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from k2dist.checkpoint import random_tensors, write_checkpoint
-from tests.published_config import published_config
 from k2dist.text.tokenizer import CALL_END, K2_SPECIALS, SECTION_END, Tokenizer
+from tests.published_config import published_config
 from tests.service.conftest import ARCHITECTURE
 
 _MARKS = ('{"', '":', '": ', '":"', '": "', '", "', '", ', '"}', "}}", '"]', '"}]', '": {', '": [', '[{"')
