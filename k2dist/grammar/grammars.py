@@ -44,8 +44,8 @@ Renewed = Callable[[llguidance.LLMatcher], tuple[llguidance.LLMatcher, bool]]
 
 
 def mask_threads(num_cores: int) -> int:
-    """How many threads make masks where a rank has so many cores. On two cores a step's masks of 32 outputs take
-    0.50 to 0.60 ms in the mean and 1.06 at p99 with two threads, 0.73 to 0.78 and 1.39 with one."""
+    """How many threads make masks where a rank has so many cores. On two, those of 32 outputs take 0.50 to
+    0.60 ms in the mean and 1.06 at p99 by two threads, 0.73 to 0.78 and 1.39 by one."""
     return max(1, min(_MAX_THREADS, num_cores))
 
 
