@@ -20,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("kernels/native")
+CALLER = Path("kernels/k2kernels/native/library.py")  # has the same structures and signatures
 # -ffp-contract=off: whether a product and a sum become one instruction is written out, never chosen.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
@@ -78,8 +79,11 @@ def _compile(build_dir: Path, target: Path) -> None:
     isas = {name: flags for name, flags in ISAS.items() if _accepts(compiler, flags)}
     with_isas = [f"-DK2_WITH_{name[4:-4].upper()}" for name in isas]
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE_DIR.iterdir()))
-    checksum = hashlib.sha256(sources).hexdigest()[:12]
-    jobs = {"pool.cpp": [], "api.cpp": [*with_isas, f'-DK2_SOURCES="{checksum}"'], **isas}
+    names = [
+        f'-DK2_SOURCES="{hashlib.sha256(sources).hexdigest()[:12]}"',
+        f'-DK2_CALLER="{hashlib.sha256(CALLER.read_bytes()).hexdigest()}"',
+    ]
+    jobs = {"pool.cpp": [], "api.cpp": [*with_isas, *names], **isas}
 
     def compile_one(name: str) -> str:
         made = str(build_dir / f"{name}.o")

@@ -49,6 +49,9 @@ extern "C" {
 // What gave these bits: the sources' checksum and the compiler.
 EXPORT const char *k2_build() { return K2_SOURCES " " __VERSION__; }
 
+// Checksum of the Python file that this was built to be called by.
+EXPORT const char *k2_caller() { return K2_CALLER; }
+
 // Bit i: whether this machine runs ISA i.
 EXPORT int k2_isas() {
   __builtin_cpu_init();

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from k2kernels import Experts, KernelSet, QuantisedRows, Rule, StoredWeight, act_quant, fp8_gemm
-from k2kernels.native import ISAS, NoNativeKernelsError, load
+from k2kernels.native import ISAS, NoNativeKernelsError, library, load
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -395,3 +398,14 @@ def test_wrong_arguments_are_named(native: KernelSet) -> None:
 def test_the_isa_is_in_the_fingerprint() -> None:
     assert len({KernelSet.native(isa).fingerprint() for isa in HERE}) == len(HERE)
     assert KernelSet.native().versions[0] == HERE[-1]
+
+
+def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
+    """As after `git pull` without installing again: it would be called with other structures."""
+    (tmp_path / library.NAME).symlink_to(Path(library.__file__).with_name(library.NAME))
+    newer = tmp_path / "newer_library.py"
+    newer.write_text(Path(library.__file__).read_text("utf-8") + "\n# a structure has changed\n", "utf-8")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import newer_library; newer_library.load()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "NoNativeKernelsError" in done.stderr
+    assert "is of another version of k2dist: install k2dist again" in done.stderr

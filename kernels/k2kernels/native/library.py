@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import sys
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -225,6 +226,8 @@ def load() -> Library:
         shared = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoNativeKernelsError(f"{path} cannot be loaded on {sys.platform}: {error}") from error
+    if _caller(shared) != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
+        raise NoNativeKernelsError(f"{path} is of another version of k2dist: install k2dist again")
     shared.k2_build.restype = ctypes.c_char_p
     shared.k2_ops.restype = POINTER(_OpsTable)
     shared.k2_pack.argtypes = (_I, _I, _I, _I, _I, _P, _P, _L, _L, _L, _I, _I, _P, _P, _P, _L, _P, _P)
@@ -240,6 +243,15 @@ def load() -> Library:
     if not isas:
         raise NoNativeKernelsError("this processor has no AVX2")
     return Library(shared.k2_build().decode(), isas, shared.k2_pack, shared.k2_advise)
+
+
+def _caller(shared: ctypes.CDLL) -> str | None:
+    """Checksum of the file that the library was built to be called by: this one, or a call would crash."""
+    if not hasattr(shared, "k2_caller"):
+        return None
+    shared.k2_caller.restype = ctypes.c_char_p
+    checksum: bytes = shared.k2_caller()
+    return checksum.decode()
 
 
 def _functions(table: _OpsTable) -> dict[str, Any]:
