@@ -31,7 +31,7 @@ from k2dist.scheduler import Limits
 PAGE_TOKENS = 64
 READ_BYTES = 2**29  # much more than any cache
 _NUM_READS = 7
-_STEP_TOKENS = 2048  # prompt rows of a step, at least
+_STEP_TOKENS = 512  # prompt rows of a step, at least: more take memory and, measured, no less time
 _WAIT_S = 1.0
 _RUNS_ON = 256  # steps that may be taken before somebody sees that enough have been
 

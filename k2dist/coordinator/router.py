@@ -9,10 +9,10 @@ from k2dist.ids import LaneId
 from k2dist.messages import LaneLoad
 
 
-def choose(prompt: Sequence[int], loads: Sequence[LaneLoad]) -> LaneId:
+def choose(loads: Sequence[LaneLoad]) -> LaneId:
     """The lane with the fewest sequences; of those, the one with most free pages; of those, the lowest.
 
-    `prompt` will count for lanes that hold a prefix of it (issue: prefix cache); today no lane shares pages.
+    Which lane holds a prefix of the prompt does not count: lanes do not tell what their pages hold.
     `loads` must count what was sent to a lane since it last reported, or a burst all goes to one lane.
     """
     if not loads:

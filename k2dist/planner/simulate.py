@@ -147,7 +147,7 @@ class Simulation:
                 if not admitted.ready:
                     return
                 (request,) = admitted.ready
-            self._add(choose(request.prompt, loads), request)
+            self._add(choose(loads), request)
 
     def _loads(self) -> list[LaneLoad]:
         return [

@@ -230,7 +230,7 @@ class Coordinator(Generic[N]):
             )
             self._refuse(self._submissions[request.request_id], error)
         for request in admitted.ready:
-            lane_id = choose(request.prompt, loads)
+            lane_id = choose(loads)
             self._num_outputs[lane_id] += request.num_outputs
             submission = self._submissions[request.request_id]
             self.book.send(request.request_id, lane_id, self._clock())
