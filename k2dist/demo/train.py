@@ -15,8 +15,8 @@ temperatures from -30 to 45 alone, slightly other shares of topics. None saw a t
 
 800 steps more, with such tools, began with that checkpoint's FP8 weights (`--start-from`, `--peak 0.4`, seed
 2): 400 falling to nothing, when 40% of the weather's results were words only; 79 that fell once more, from a
-quarter of the full rate, when 55% were, as now. Both drew all words for the weather alike; the last 321 (resumed
-with `--steps 800 --peak 0.8`, seed 3) drew half of them from the twelve common ones, and learned to say them
+quarter of the full rate, when 55% were, as now. Both drew all words for the weather alike; 321 (resumed
+with `--steps 800 --peak 0.8`, seed 3) took half of them from the twelve common ones, and learned to say them
 in lower case too. One go therefore gives other bytes.
 """
 
