@@ -64,7 +64,7 @@ def anthropic_tool_loop(client: anthropic.Anthropic, model: str) -> tuple[str, l
     called: list[Any] = []
     while True:
         with client.messages.stream(
-            model=model, max_tokens=200, messages=messages, tools=tools, temperature=0.0
+            model=model, max_tokens=200, messages=messages, tools=tools, extra_body={"temperature": 0.0}
         ) as stream:
             text = "".join(stream.text_stream)
             final = stream.get_final_message()
