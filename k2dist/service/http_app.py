@@ -176,8 +176,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _reply(request: Request, error: K2Error) -> Response:
     reply = _form(request.url.path)(error, request_id(request.scope))
-    headers = {"retry-after": str(reply.retry_after_s)} if reply.retry_after_s is not None else None
-    return JSONResponse(reply.body, status_code=reply.status, headers=headers)
+    return JSONResponse(reply.body, status_code=reply.status, headers=reply.headers)
 
 
 def _form(path: str) -> ErrorForm:

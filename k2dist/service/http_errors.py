@@ -71,6 +71,11 @@ class ErrorReply(NamedTuple):
     body: dict[str, Any]
     retry_after_s: int | None  # None: to send it again as it is does not help
 
+    @property
+    def headers(self) -> dict[str, str]:
+        named = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return named | ({"www-authenticate": "Bearer"} if self.status == 401 else {})  # RFC 9110, 15.5.2
+
 
 ErrorForm = Callable[[K2Error, str], ErrorReply]  # the error, the request's id
 

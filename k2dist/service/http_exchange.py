@@ -151,7 +151,7 @@ class Exchange(Response):
 
 
 async def send_error(send: Send, reply: ErrorReply) -> None:
-    more = ((b"retry-after", b"%d" % reply.retry_after_s),) if reply.retry_after_s is not None else ()
+    more = [(name.encode(), value.encode()) for name, value in reply.headers.items()]
     await _send_json(send, reply.status, reply.body, more)
 
 

@@ -235,6 +235,7 @@ async def test_without_a_key_nothing_is_answered_but_health(
                 assert (await http.get(path)).status_code == 401, path
             refused = await http.post("/v1/chat/completions", content=b"{" * 100)  # before it is read
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert refused.headers["www-authenticate"] == "Bearer"
             assert (await http.post("/v1/messages", json=MESSAGES)).json()["error"]["type"] == (
                 "authentication_error"
             )
