@@ -62,18 +62,25 @@ def test_a_ring_sends_twice_what_reduce_rows_does(report: BitsReport) -> None:
 
 
 def test_returns_send_a_row_for_each_that_came_or_for_each_pair(report: BitsReport) -> None:
-    """Out: e4m3 with 4 bytes of scale per 128 channels, and a slot (a weight) per expert. Home: bfloat16."""
+    """Out: e4m3 with 4 bytes of scale per 128 channels, and a slot (a weight) per expert. Home: bfloat16.
+
+    Orders with other bits may choose another expert where two are nearly as good, so their numbers are near.
+    """
     architecture = read_architecture(MODEL_DIR)
     width, top_k = architecture.hidden_size, architecture.top_k
     out, home = width + 4 * width // 128 + 4 * top_k, 2 * width
     for case in report.cases:
-        kept, padded, library, all_reduce, returns, fastest = (order.expert_bytes for order in case.orders)
-        assert kept == library == all_reduce < padded
-        assert returns == fastest
-        num_rows, rest = divmod(returns, out + 4 * top_k + home)
-        num_pairs, rest_kept = divmod(kept - num_rows * out, home)
-        assert rest == rest_kept == 0
-        assert 0 < num_rows <= num_pairs <= min(top_k * num_rows, top_k * case.num_rows * 2)
+        kept, padded, *of_pairs, returns, fastest = (order.expert_bytes for order in case.orders)
+        most_rows = architecture.num_moe_layers * case.num_rows * 2
+        for sent in (kept, *of_pairs):
+            splits = [(rows, *divmod(sent - rows * out, home)) for rows in range(1, most_rows + 1)]
+            assert any(rest == 0 and rows <= pairs <= top_k * rows for rows, pairs, rest in splits)
+            assert sent == pytest.approx(kept, rel=0.1)
+            assert sent < padded
+        for sent in (returns, fastest):
+            assert sent % (out + 4 * top_k + home) == 0
+            assert sent == pytest.approx(returns, rel=0.1)
+            assert 0 < sent <= most_rows * (out + 4 * top_k + home)
 
 
 def test_frames_of_a_step_are_as_long_as_their_capacity_says(report: BitsReport) -> None:
