@@ -133,7 +133,7 @@ def _attention(a: Architecture, tp: int, work: LaneWork) -> Iterator[Work]:
     yield _linear(a, Part.ATTENTION, rows, a.hidden_size, heads * a.v_head_dim)
     if decoded:
         for inner, outer in ((a.qk_nope_head_dim, a.kv_lora_rank), (a.kv_lora_rank, a.v_head_dim)):
-            moved = 2.0 * heads * (inner * outer + decoded * (inner + outer))
+            moved = 2.0 * heads * (inner * outer + decoded * (inner + outer))  # kv_b too is bfloat16 there
             yield Work(Part.ATTENTION, Sort.PLAIN, moved, 2.0 * decoded * heads * inner * outer)
         both = a.latent_dim + a.kv_lora_rank
         moved = 2.0 * decoded * (work.num_keys * a.latent_dim + heads * both)
