@@ -324,9 +324,14 @@ def test_who_waits_is_seen(tiny_model_dir: Any) -> None:
 def specialised(kernel: Any, args: Any, options: dict[str, Any]) -> tuple[object, ...]:
     """What Triton compiles a kernel anew for: constants, types, integers that are 1 or multiples of 16, and
     addresses that are."""
-    is_bound = not isinstance(kernel, jit.Kernel)
-    function = kernel.fn if is_bound else kernel.function
-    varies = {p.name for p in kernel.params if p.do_not_specialize} if is_bound else set(kernel.varies)
+    if isinstance(kernel, jit.Kernel):
+        function, varies = kernel.function, set(kernel.varies)
+    else:  # Triton's own by now: to be compiled, or interpreted where other tests began so
+        function = kernel.fn
+        if hasattr(kernel, "params"):
+            varies = {p.name for p in kernel.params if p.do_not_specialize}
+        else:
+            varies = set(kernel.kwargs["do_not_specialize"])
     of_args = [
         (x.dtype, x.storage_offset() * x.itemsize % 16 == 0)
         if isinstance(x, Tensor)
