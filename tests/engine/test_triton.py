@@ -54,6 +54,7 @@ def run(kernels: str) -> tuple[list[int], list[float], int]:
     return tokens, logprobs, num_replayed
 
 
+@pytest.mark.slow  # half a minute of interpreting
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_a_prompt_and_replayed_steps_give_the_references_tokens() -> None:
     tokens, logprobs, num_replayed = run("triton")
