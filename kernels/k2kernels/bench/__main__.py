@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,6 +53,7 @@ class Bench:
                 work = op.build(case, self.kernels, self.device)
                 yield self._timed(line, op, cost, self.clock.median_s(work.run))
             except Exception as error:  # noqa: BLE001  whatever a kernel raises is its own row's
+                traceback.print_exc()
                 yield Line(name, text, self.kernels.name, note=f"{FAILED}: {_first_line(error)}")
                 continue
             for peer in peers_of(name, self.device):
